@@ -1,0 +1,1 @@
+"""Run folder or checkpoint in, verified artifact out."""

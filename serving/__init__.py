@@ -1,0 +1,1 @@
+"""Artifact in, tokens over HTTP out."""

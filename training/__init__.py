@@ -1,0 +1,1 @@
+"""Fine-tuning with three pillars: scan order, learned masking, hybrid PEFT."""

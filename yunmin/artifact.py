@@ -1,0 +1,161 @@
+"""Artifact folders: a compact checkpoint with a manifest that proves what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from yunmin.checkpoint import Checkpoint, load_checkpoint
+from yunmin.cost import Cost
+from yunmin.errors import ArtifactError, CheckpointError, ConfigError
+from yunmin.files import sha256_file, write_json
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A file of the artifact, by its hash."""
+
+    sha256: str
+    bytes: int
+
+
+class Parity(_Record):
+    """How far the artifact's logits lie from the trained model's, on real text.
+
+    Attributes:
+        max_abs_error: largest difference of any logit.
+        largest_logit: largest magnitude among the trained model's logits.
+        tolerance: limit on their ratio.
+        tokens: positions compared.
+    """
+
+    max_abs_error: float
+    largest_logit: float
+    tolerance: float
+    tokens: int
+
+    @property
+    def relative_error(self) -> float:
+        return self.max_abs_error / self.largest_logit
+
+    @property
+    def holds(self) -> bool:
+        return self.relative_error <= self.tolerance  # false for NaN
+
+
+class Manifest(_Record):
+    """What `manifest.json` records.
+
+    Attributes:
+        provenance: where the weights came from: source, its hashes, adapters, the yunmin version.
+        files: every file but the manifest itself.
+        before, after: parameters, weight bytes, FLOPs per token, state bytes.
+        cuts: per layer, the inner channels and states kept.
+        parity: by precision, "float32" and "float64".
+    """
+
+    format_version: int
+    provenance: dict[str, Any]
+    files: dict[str, FileRecord]
+    before: dict[str, int]
+    after: dict[str, int]
+    cuts: list[dict[str, int]]
+    parity: dict[str, Parity]
+    quantization: Literal["none"] = "none"
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    provenance: Mapping[str, Any],
+    before: Cost,
+    after: Cost,
+    cuts: list[dict[str, int]],
+    parity: Mapping[str, Parity],
+) -> Manifest:
+    """Hashes every file in the folder and writes `manifest.json` beside them."""
+    files = {
+        str(path.relative_to(folder)): FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        provenance=dict(provenance),
+        files=files,
+        before=before.to_dict(),
+        after=after.to_dict(),
+        cuts=cuts,
+        parity=dict(parity),
+    )
+    write_json(folder / MANIFEST_FILE, manifest.model_dump())
+    return manifest
+
+
+def is_artifact(folder: str | Path) -> bool:
+    return (Path(folder) / MANIFEST_FILE).is_file()
+
+
+def read_manifest(folder: str | Path, *, verify_files: bool = True) -> Manifest:
+    """Reads a manifest and checks every file against it.
+
+    Args:
+        folder: of the artifact.
+        verify_files: whether to hash the files; else only their presence is checked.
+
+    Raises:
+        ArtifactError: no manifest, an unknown format version, a missing file or a wrong hash; names it.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: expected an artifact with a {MANIFEST_FILE}, found none")
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = _VersionOnly.model_validate_json(text).format_version
+        if version != FORMAT_VERSION:
+            raise ArtifactError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
+        manifest = Manifest.model_validate_json(text)
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: {_first_line(error)}") from None
+    for name, record in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(f"{folder}: {name} is missing")
+        if verify_files and sha256_file(file) != record.sha256:
+            raise ArtifactError(f"{file}: wrong hash: expected sha256 {record.sha256[:12]}…, the file has changed")
+    return manifest
+
+
+def load_artifact(folder: str | Path) -> tuple[Checkpoint, Manifest]:
+    """Reads an artifact, verified by hash, name and shape.
+
+    Raises:
+        ArtifactError: anything is missing, changed, or does not fit.
+    """
+    manifest = read_manifest(folder)
+    try:
+        return load_checkpoint(folder), manifest
+    except (CheckpointError, ConfigError) as error:
+        raise ArtifactError(str(error)) from None
+
+
+class _VersionOnly(BaseModel):
+    format_version: int
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        return f"{where}: {first['msg']}"
+    return str(error).splitlines()[0]

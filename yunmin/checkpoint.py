@@ -1,0 +1,186 @@
+"""Checkpoint folders: Hugging Face's (one file or sharded, local or on the Hub) and `mamba_ssm`'s."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from yunmin.config import MambaConfig
+from yunmin.errors import CheckpointError, ConfigError
+from yunmin.files import write_json, write_safetensors
+from yunmin.model import check_tensors
+from yunmin.tokenizer import Tokenizer
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json"]
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Attributes:
+        config: the architecture.
+        tensors: float32 weights by Hugging Face name; a tied head is not listed.
+        tokenizer: None where the folder has none.
+        folder: where it was read from.
+    """
+
+    config: MambaConfig
+    tensors: dict[str, Tensor]
+    tokenizer: Tokenizer | None
+    folder: Path
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The folder to read for a run folder (its latest checkpoint), a checkpoint folder, or a Hub id when online.
+
+    Raises:
+        CheckpointError: nothing of the kind is there.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder
+        steps = [(int(m[1]), p) for p in folder.iterdir() if (m := _CHECKPOINT_NAME.fullmatch(p.name))]
+        if steps:
+            return max(steps)[1]
+        raise CheckpointError(f"{folder}: expected a config.json or checkpoint-STEP folders, found neither")
+    if folder.exists():
+        raise CheckpointError(f"{folder}: expected a folder, found a file")
+    if _HUB_ID.fullmatch(str(source)):
+        return _download(str(source))
+    raise CheckpointError(f"{folder}: expected a checkpoint folder or a Hub id, found no such folder")
+
+
+def load_checkpoint(source: str | Path) -> Checkpoint:
+    """Reads and checks a checkpoint.
+
+    Args:
+        source: anything `find_checkpoint` understands.
+
+    Raises:
+        ConfigError: the config has unknown or impossible values.
+        CheckpointError: files are missing or damaged, or tensors do not fit the config.
+    """
+    folder = find_checkpoint(source)
+    config = MambaConfig.from_file(folder / "config.json")
+    tokenizer = Tokenizer.from_folder(folder)
+    config = _with_eos(config, folder, tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}"
+        )
+    try:
+        tensors = _canonical(config, _read_tensors(folder))
+        check_tensors(config, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    return Checkpoint(config, tensors, tokenizer, folder)
+
+
+def write_checkpoint(folder: Path, config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `config.json`, `generation_config.json` and `model.safetensors` as Hugging Face names them.
+
+    Args:
+        folder: exists already; the caller makes it atomic.
+        config: the architecture.
+        tensors: by Hugging Face name, as `Checkpoint.tensors`.
+    """
+    check_tensors(config, tensors)
+    raw = config.to_hf()
+    write_json(folder / "config.json", raw)
+    ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[name] is not None}
+    write_json(folder / "generation_config.json", ids)
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{hub_id}: no such folder here, and the Hugging Face Hub did not give it: {reason}"
+        ) from None
+
+
+def _with_eos(config: MambaConfig, folder: Path, tokenizer: Tokenizer | None) -> MambaConfig:
+    """End-of-text ids from `generation_config.json` where given, and from the tokenizer where nothing names one."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{path}: expected a JSON object, {error}") from None
+        if eos is not None:
+            config = replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+    if not config.eos_token_ids and tokenizer is not None and tokenizer.eos_id is not None:
+        config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    if tokenizer is not None and tokenizer.vocab_size < config.n_tokens:
+        config = replace(config, n_tokens=tokenizer.vocab_size)  # rows beyond the tokenizer are padding
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return _read_safetensors(folder / "model.safetensors")
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index.name}: expected a weight_map, {error!r}") from None
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index.name}: shard {shard!r} leaves the folder")
+            tensors |= _read_safetensors(folder / shard)
+        return tensors
+    if (folder / "pytorch_model.bin").is_file():
+        return _read_bin(folder / "pytorch_model.bin")
+    raise CheckpointError("expected model.safetensors, model.safetensors.index.json or pytorch_model.bin, found none")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name} is damaged or truncated ({error})") from None
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path.name} is damaged or holds more than tensors ({reason})") from None
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(f"{path.name} holds no dictionary of tensors")
+    return loaded
+
+
+def _canonical(config: MambaConfig, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face names, float32, one tensor for a tied head."""
+    tensors = {name.replace("backbone.embedding.", "backbone.embeddings."): t.float() for name, t in raw.items()}
+    head = tensors.get("lm_head.weight")
+    if config.tie_word_embeddings and head is not None:
+        if not torch.equal(head, tensors.get("backbone.embeddings.weight", torch.empty(0))):
+            raise CheckpointError("tensor 'lm_head.weight' differs from the embedding, and tie_word_embeddings is true")
+        del tensors["lm_head.weight"]
+    return tensors

@@ -1,0 +1,77 @@
+"""Generate text from a model on this machine."""
+
+from __future__ import annotations
+
+import sys
+
+from yunmin.cli import parser, print_json
+
+
+def main(argv: list[str]) -> int:
+    """`yunmin generate MODEL --prompt TEXT`."""
+    arguments = parser(
+        "generate",
+        "Generates text from an artifact, a run folder or a checkpoint, and streams it to stdout.",
+        [
+            "yunmin generate artifact/ --prompt 'def main(' --max-tokens 64",
+            "yunmin generate artifact/ --prompt-file prompt.txt --temperature 0 --json",
+            "yunmin generate artifact/ --token-ids 1,2,3 --json    # a model without tokenizer",
+        ],
+    )
+    arguments.add_argument("model", help="artifact, run folder, checkpoint folder, or Hub id when online")
+    prompt = arguments.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue (- for stdin)")
+    prompt.add_argument("--token-ids", metavar="IDS", help="comma-separated token ids to continue")
+    arguments.add_argument("--max-tokens", type=int, default=128, metavar="N", help="limit of new tokens (128)")
+    arguments.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (1.0)")
+    arguments.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens (0: all)")
+    arguments.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1.0)")
+    arguments.add_argument("--min-p", type=float, default=0.0, metavar="P", help="relative cut-off (0.0)")
+    arguments.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="> 1 repeats less (1.0)")
+    arguments.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    arguments.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    arguments.add_argument("--device", default="auto", help="torch device (auto)")
+    arguments.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    options = arguments.parse_args(argv)
+
+    from yunmin.language_model import load
+
+    text_or_ids = _prompt(options.prompt, options.prompt_file, options.token_ids)
+    model = load(options.model, device=options.device)
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    params = {name: getattr(options, name) for name in names}
+    if options.json:
+        completion = model.generate(text_or_ids, **params)
+        print_json(
+            {
+                "text": completion.text,
+                "token_ids": list(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+                "prompt_tokens": completion.prompt_tokens,
+                "model": str(model.folder),
+            }
+        )
+        return 0
+    for piece in model.stream(text_or_ids, **params):
+        shown = piece.text if model.tokenizer else f"{piece.token_id} "
+        print(shown, end="", flush=True)
+    print()
+    return 0
+
+
+def _prompt(text: str | None, file: str | None, token_ids: str | None) -> str | list[int]:
+    from yunmin.errors import RequestError
+
+    if text is not None:
+        return text
+    if file is not None:
+        try:
+            data = sys.stdin.buffer.read() if file == "-" else open(file, "rb").read()  # noqa: SIM115 (exits soon)
+            return data.decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError("prompt-file", f"{file}: {error}") from None
+    try:
+        return [int(part) for part in (token_ids or "").split(",")]
+    except ValueError:
+        raise RequestError("token-ids", f"must be integers separated by commas, got {token_ids!r}") from None

@@ -1,0 +1,149 @@
+"""Text to train and evaluate on: files, folders, JSONL, the running Python's own library, Hub datasets when online."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from yunmin.errors import DataError, MissingExtraError
+
+_TEXT_SUFFIXES = frozenset({".md", ".py", ".rst", ".text", ".txt"})
+# tests and tables that no one would want a language model to continue
+_STDLIB_SKIPPED = frozenset({"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "pydoc_data"})
+_FEW_DOCUMENTS = 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to learn; `prompt` stands before it and is read but not learned."""
+
+    text: str
+    prompt: str = ""
+
+
+def read_documents(source: str) -> list[Document]:
+    """Reads a data source.
+
+    Args:
+        source: `stdlib`, a text file, a `.jsonl` file (lines with `text`, or `prompt` and `completion`), a folder of
+            text files, or the name of a Hugging Face dataset (`name` or `name:config`, its `text` column) when online.
+
+    Returns:
+        Documents in a fixed order, none empty, none twice.
+
+    Raises:
+        DataError: the source is unknown, empty or malformed; names the file and line.
+    """
+    path = Path(source)
+    if source == "stdlib":
+        documents = _stdlib_documents()
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in {*_TEXT_SUFFIXES, ".jsonl"})
+        documents = [d for p in files for d in _read_file(p)]
+    elif path.is_file():
+        documents = _read_file(path)
+    elif path.suffix or source.startswith((".", "/")):
+        raise DataError(f"{source}: expected a text file, a .jsonl file or a folder, found no such path")
+    else:
+        documents = _hub_documents(source)
+    distinct = list(dict.fromkeys(d for d in documents if d.text.strip()))
+    if not distinct:
+        raise DataError(f"{source}: no text found")
+    return distinct
+
+
+def split_documents(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+    """Splits into training and held-out documents that never overlap.
+
+    Every n-th document is held out; where there are few, the end of each, cut at a line.
+
+    Args:
+        documents: distinct, in a fixed order.
+        held_out: share to hold out, between 0 and 1.
+
+    Returns:
+        Training and held-out documents.
+    """
+    if not 0 < held_out < 1:
+        raise DataError(f"the held-out share must lie between 0 and 1, got {held_out}")
+    if len(documents) >= _FEW_DOCUMENTS:
+        every = max(2, round(1 / held_out))
+        kept = [d for i, d in enumerate(documents) if i % every != every - 1]
+        return kept, [d for i, d in enumerate(documents) if i % every == every - 1]
+    training, validation = [], []
+    for document in documents:
+        cut = int(len(document.text) * (1 - held_out))
+        cut = document.text.rfind("\n", 0, cut) + 1 or cut
+        head, tail = document.text[:cut], document.text[cut:]
+        training += [Document(head, document.prompt)] if head.strip() else []
+        validation += [Document(tail, document.prompt)] if tail.strip() else []
+    return training, validation
+
+
+def texts_of(documents: Iterable[Document]) -> list[str]:
+    """The documents' whole texts, prompts included."""
+    return [d.prompt + d.text for d in documents]
+
+
+def _stdlib_documents() -> list[Document]:
+    """Sources of the standard library and the language reference that `help()` shows."""
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(p for p in root.rglob("*.py") if not _STDLIB_SKIPPED & set(p.relative_to(root).parts))
+    sources = [p.read_text(encoding="utf-8", errors="strict") for p in files if _is_utf8(p)]
+    return [Document(text) for text in [*sources, *(topics[name] for name in sorted(topics))]]
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _read_file(path: Path) -> list[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if path.suffix != ".jsonl":
+        return [Document(text)]
+    return [_read_record(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _read_record(path: Path, number: int, line: str) -> Document:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{number}: expected a JSON object, {error.msg}") from None
+    fields = record if isinstance(record, dict) else {}
+    if isinstance(fields.get("text"), str):
+        return Document(fields["text"])
+    if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
+        return Document(fields["completion"], fields["prompt"])
+    raise DataError(f"{path}:{number}: expected the string 'text', or 'prompt' and 'completion'")
+
+
+def _hub_documents(name: str) -> list[Document]:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise MissingExtraError("datasets", "train", f"the dataset {name!r}") from None
+    dataset, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(dataset, config or None, split="train")
+    except Exception as error:  # the library raises many unrelated kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{name!r} is no file, folder, 'stdlib' or 'synthetic', and no dataset that the Hub gives: {reason}"
+        ) from None
+    if "text" not in rows.column_names:
+        raise DataError(f"dataset {name!r}: expected a column 'text', found {', '.join(rows.column_names)}")
+    return [Document(text) for text in rows["text"]]

@@ -1,0 +1,1 @@
+"""Implementations of the selective scan; `yunmin.scan` chooses among them."""

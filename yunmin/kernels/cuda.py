@@ -1,0 +1,62 @@
+"""The kernels of `mamba_ssm` and `causal_conv1d`, called with activations so that adapters always take effect.
+
+The fused `mamba_inner_fn` is not used: it reads raw projection weights and would bypass LoRA. The packages cannot be
+imported without a GPU, hence only inside the functions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CORRECTION_NUMBERS = 1 << 26  # numbers in a work tensor of the initial state's correction
+
+
+def cuda_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B_ssm: Tensor, C_ssm: Tensor, D_skip: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`yunmin.scan.selective_scan` on CUDA.
+
+    One position uses `selective_state_update`. A longer sequence uses `selective_scan_fn`, which starts from zero;
+    the carried state's share, exp(A * sum of delta) applied to it, is exact and added afterwards.
+    """
+    if u.shape[1] == 1 and not torch.is_grad_enabled():
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+        last_state = state.clone()
+        y = selective_state_update(
+            last_state, u[:, 0].contiguous(), delta[:, 0].contiguous(), A, B_ssm[:, 0], C_ssm[:, 0], D_skip
+        )
+        return y.unsqueeze(1), last_state
+
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    to_channel_major = [x.transpose(1, 2).contiguous() for x in (u, delta, B_ssm, C_ssm)]
+    y, last_state = selective_scan_fn(
+        to_channel_major[0], to_channel_major[1], A, to_channel_major[2], to_channel_major[3], D_skip, return_last_state=True
+    )
+    y = y.transpose(1, 2)  # (B, L, D)
+    if state.requires_grad or bool(state.any()):
+        share, decayed = _carried_share(delta.float(), A, C_ssm.float(), state)
+        y, last_state = y + share.to(y.dtype), last_state + decayed
+    return y, last_state
+
+
+def _carried_share(delta: Tensor, A: Tensor, C_ssm: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """What a carried state adds to the outputs (B, L, D) and to the last state (B, D, N)."""
+    elapsed = delta.cumsum(1)  # (B, L, D)
+    length = max(1, _CORRECTION_NUMBERS // state.numel())
+    shares = []
+    for begin in range(0, delta.shape[1], length):
+        decay = torch.exp(elapsed[:, begin : begin + length, :, None] * A)  # (B, T, D, N)
+        shares.append(torch.einsum("btdn,bdn,btn->btd", decay, state, C_ssm[:, begin : begin + length]))
+    return torch.cat(shares, dim=1), state * torch.exp(elapsed[:, -1, :, None] * A)
+
+
+def cuda_convolution(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolution and SiLU over inputs that begin with the K-1 carried ones: (B, K-1+L, D) -> (B, L, D)."""
+    from causal_conv1d import causal_conv1d_fn
+
+    channel_major = inputs.transpose(1, 2).contiguous()  # (B, D, K-1+L)
+    y = causal_conv1d_fn(channel_major, weight, bias, activation="silu")
+    return y[:, :, weight.shape[1] - 1 :].transpose(1, 2)

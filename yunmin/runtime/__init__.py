@@ -1,0 +1,38 @@
+"""How a model is run: one Protocol, so that engines do not know whether torch, native code or ONNX computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from yunmin.config import MambaConfig
+from yunmin.state import MambaState
+
+
+class Runtime(Protocol):
+    """Computes logits and states; knows token ids, not text."""
+
+    @property
+    def config(self) -> MambaConfig: ...
+
+    def new_state(self, batch_size: int) -> MambaState:
+        """States before the first token; also a pool of slots for `gather` and `scatter`."""
+        ...
+
+    def prefill(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """Reads one sequence: ids (L,), a state of batch size 1 or None -> logits (V,) after the last, and the state."""
+        ...
+
+    def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
+        """One token for each of B sequences -> logits (B, V) and the next state; `state` may be reused by the call."""
+        ...
+
+    def gather(self, pool: MambaState, slots: Sequence[int]) -> MambaState:
+        """The states of some slots, as a batch in that order."""
+        ...
+
+    def scatter(self, pool: MambaState, slots: Sequence[int], state: MambaState) -> None:
+        """Writes a batch's states into slots of the pool."""
+        ...

@@ -1,0 +1,48 @@
+"""The torch runtime: every device torch runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from yunmin.config import MambaConfig
+from yunmin.model import MambaLM
+from yunmin.state import MambaState
+
+
+class TorchRuntime:
+    """Runs a `MambaLM` without gradients; see `Runtime` for the methods.
+
+    Args:
+        model: on its device, in evaluation mode.
+    """
+
+    def __init__(self, model: MambaLM) -> None:
+        self.model = model
+
+    @property
+    def config(self) -> MambaConfig:
+        return self.model.config
+
+    def new_state(self, batch_size: int) -> MambaState:
+        return self.model.new_state(batch_size)
+
+    @torch.inference_mode()
+    def prefill(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.model.device)  # (1, L)
+        logits, state = self.model.prefill(ids, state)
+        return logits[0], state
+
+    @torch.inference_mode()
+    def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
+        return self.model.step(torch.tensor(list(token_ids), dtype=torch.int64, device=self.model.device), state)
+
+    @torch.inference_mode()
+    def gather(self, pool: MambaState, slots: Sequence[int]) -> MambaState:
+        return pool.gather(slots)
+
+    @torch.inference_mode()
+    def scatter(self, pool: MambaState, slots: Sequence[int], state: MambaState) -> None:
+        pool.scatter_(slots, state)
