@@ -1,0 +1,197 @@
+"""The training configuration: every key, its default and its limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from yunmin.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainingConfig(BaseModel):
+    """What `yunmin train` reads from YAML and `key=value` overrides; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # where to start, and where to write
+    checkpoint: str | None = Field(None, description="folder or Hub id to start from; none starts from scratch")
+    project_name: str = Field("yunmin", min_length=1, description="project in the trackers")
+    run_name: str | None = Field(None, description="folder below output_dir; none makes one from the time")
+    output_dir: str = Field("training_outputs", description="where run folders go")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: str = Field("auto", description="torch device; auto is CUDA where there is one")
+
+    # the model, when it starts from scratch
+    d_model: Count = 256
+    n_layers: Count = 4
+    vocab_size: Count = 1000
+    expand: Count = 2
+    d_state: Annotated[int, Field(ge=1, le=256)] = 16
+    d_conv: Annotated[int, Field(ge=2, le=16)] = 4
+
+    # data
+    data: tuple[str, ...] = Field(
+        ("synthetic",), min_length=1, description="files, folders, JSONL, stdlib, synthetic, or Hub datasets"
+    )
+    validation_data: tuple[str, ...] = Field((), description="held-out sources; none splits off validation_share")
+    validation_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
+    validation_tokens: Annotated[int, Field(ge=2)] = Field(32768, description="tokens scored at each validation")
+    max_documents: Count | None = Field(None, description="read only this many documents of each source")
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+
+    # optimization
+    batch_size: Count = 16
+    num_epochs: Count = 10
+    max_steps: Count | None = Field(None, description="steps in all; none takes num_epochs over the data")
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    adapter_learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(None, description="none: learning_rate")
+    min_learning_rate_share: Share = Field(0.1, description="learning rate at the end, as a share of its peak")
+    warmup_share: Share = Field(0.05, description="share of steps with rising learning rate")
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0
+
+    # phases, as shares of all steps; those of disabled pillars fall to the others in proportion
+    dense_share: Share = 0.3
+    gate_share: Share = 0.3
+    recover_share: Share = 0.2
+    adapter_share: Share = 0.2
+    distillation_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="KL divergence from the starting checkpoint while recovering"
+    )
+
+    # pillar 1: scan order
+    scan_mode: Literal["off", "static", "dynamic"] = Field(
+        "dynamic", description="static solves the order once, dynamic every scan_update_frequency steps"
+    )
+    scan_start: Literal["identity", "random"] = "identity"
+    scan_update_frequency: Count = 1000
+    scan_gradient_weighted: bool = Field(False, description="weigh correlations by the channels' gradients")
+
+    # pillar 2: masking
+    enable_masking: bool = True
+    target_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.3, description="share of inner channels to cut")
+    target_state_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of states to cut")
+    sparsity_unit: Literal["parameters", "flops", "bytes"] = "parameters"
+    channel_gates: Literal["channel", "block"] = "channel"
+    gate_block_size: Count = Field(16, description="channels, neighbours in scan order, that share a block gate")
+    gate_estimator: Literal["gumbel_sigmoid", "hard_concrete"] = "gumbel_sigmoid"
+    masking_initial_tau: Annotated[float, Field(gt=0.0)] = 2.0
+    masking_tau: Annotated[float, Field(gt=0.0)] = Field(0.5, description="final temperature of the gates")
+    gate_learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    multiplier_learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    channel_multiple: Count = Field(64, description="kept channels per layer are a multiple of this")
+    uniform_widths: bool = Field(True, description="the same widths in all layers, as transformers requires")
+    weight_mask: Literal["none", "element", "n:m"] = Field("none", description="zeros in the projections of mask_targets")
+    mask_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = ("in_proj", "out_proj")
+    mask_sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="share of zeros of an element mask")
+    mask_n: Count = Field(2, description="weights kept of each mask_m neighbours in scan order")
+    mask_m: Count = 4
+
+    # pillar 3: adapters
+    enable_peft: bool = True
+    enable_ia3: bool = True
+    peft_r: Count = 16
+    peft_alpha: Annotated[float, Field(gt=0.0)] = 32
+    peft_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    lora_share: Share = Field(0.4, description="share of projections, the most important ones, that get LoRA")
+    ia3_share: Share = Field(0.4, description="share of projections, the next ones, that get IA3")
+    lora_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = ("in_proj", "x_proj", "dt_proj")
+    importance: Literal["gradient", "probability", "magnitude"] = "gradient"
+
+    # records
+    log_interval: Count = 10
+    validation_interval: Count | None = Field(None, description="steps; none validates at the end of each phase")
+    checkpoint_interval: Count | None = Field(None, description="steps; none writes one at the end of each phase")
+    keep_checkpoints: Count = 3
+    tensorboard: bool = True
+    wandb: bool = False
+
+    @field_validator("data", "validation_data", "mask_targets", "lora_targets", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.distillation_weight > 0 and self.checkpoint is None:
+            raise ValueError("distillation_weight needs a checkpoint to distil from")
+        if self.lora_share + self.ia3_share > 1 + 1e-9:
+            raise ValueError(f"lora_share + ia3_share must be at most 1, got {self.lora_share + self.ia3_share:g}")
+        if self.mask_n >= self.mask_m:
+            raise ValueError(f"mask_n must be below mask_m, got {self.mask_n} of {self.mask_m}")
+        if self.masking_tau > self.masking_initial_tau:
+            raise ValueError("masking_tau must be at most masking_initial_tau: the temperature only falls")
+        if self.enable_peft and not self.enable_masking and self.dense_share == 0:
+            raise ValueError("enable_peft without enable_masking needs dense_share > 0 to measure importance in")
+        return self
+
+
+def load_config(path: str | Path | None, overrides: tuple[str, ...] | list[str] = ()) -> TrainingConfig:
+    """Reads YAML, then applies `key=value` overrides, whose values are YAML too.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key or an impossible value; names it.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(Path(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r}: expected key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: {text!r} is no YAML value") from None
+        values[key] = _number(value)
+    return parse_config(values, where=str(path) if path else "configuration")
+
+
+def parse_config(values: dict[str, Any], *, where: str = "configuration") -> TrainingConfig:
+    """Validates a dictionary.
+
+    Raises:
+        ConfigError: names the first unknown key or impossible value.
+    """
+    try:
+        return TrainingConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{where}: unknown key {key!r}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        found = f", got {first['input']!r}" if key else ""
+        raise ConfigError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
+    except TypeError:
+        raise ConfigError(f"{where}: keys must be strings") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: expected a YAML file, found no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: expected YAML, {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    return {key: _number(value) for key, value in values.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; people who write it mean the number."""
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
