@@ -87,7 +87,9 @@ class TrainingConfig(BaseModel):
     multiplier_learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
     channel_multiple: Count = Field(64, description="kept channels per layer are a multiple of this")
     uniform_widths: bool = Field(True, description="the same widths in all layers, as transformers requires")
-    weight_mask: Literal["none", "element", "n:m"] = Field("none", description="zeros in the projections of mask_targets")
+    weight_mask: Literal["none", "element", "n:m"] = Field(
+        "none", description="zeros in the projections of mask_targets"
+    )
     mask_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = ("in_proj", "out_proj")
     mask_sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="share of zeros of an element mask")
     mask_n: Count = Field(2, description="weights kept of each mask_m neighbours in scan order")

@@ -1,5 +1,6 @@
 """Mamba language models, from fine-tuning to production.
 
+Example:
     model = yunmin.load("artifact/")
     print(model.generate("def main(", max_tokens=64, temperature=0.8).text)
 """

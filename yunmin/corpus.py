@@ -139,7 +139,7 @@ def _hub_documents(name: str) -> list[Document]:
     dataset, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(dataset, config or None, split="train")
-    except Exception as error:  # the library raises many unrelated kinds
+    except Exception as error:  # noqa: BLE001 (the library raises many unrelated kinds)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{name!r} is no file, folder, 'stdlib' or 'synthetic', and no dataset that the Hub gives: {reason}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +51,18 @@ class MambaBackbone(nn.Module):
         self.layers = nn.ModuleList(MambaBlock(config, layer, mixer) for layer in range(config.n_layers))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, state: MambaState, lengths: Tensor | None = None
-    ) -> tuple[Tensor, MambaState]:
+    @property
+    def blocks(self) -> Sequence[MambaBlock]:
+        """The layers, by the type that `nn.ModuleList` does not carry."""
+        return cast("Sequence[MambaBlock]", self.layers)
+
+    def forward(self, input_ids: Tensor, state: MambaState, lengths: Tensor | None = None) -> tuple[Tensor, MambaState]:
         """Token ids (B, L) -> normalized hidden states (B, L, d) and the state after the last real position."""
         residual = self.embeddings(input_ids)  # (B, L, d)
         if self.config.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         conv_states, ssm_states = [], []
-        for block, conv_state, ssm_state in zip(self.layers, state.conv, state.ssm, strict=True):
+        for block, conv_state, ssm_state in zip(self.blocks, state.conv, state.ssm, strict=True):
             output, conv_state, ssm_state = block.mixer(block.norm(residual), conv_state, ssm_state, lengths)
             residual = residual + output
             conv_states.append(conv_state)
@@ -108,7 +112,7 @@ class MambaLM(nn.Module):
         nn.init.normal_(model.backbone.embeddings.weight, std=config.initializer_range, generator=generator)
         if not config.tie_word_embeddings:
             nn.init.normal_(model.lm_head.weight, std=config.initializer_range, generator=generator)
-        for block in model.backbone.layers:
+        for block in model.backbone.blocks:
             block.mixer.reset_parameters(config, generator)
         return model
 
@@ -209,9 +213,7 @@ def check_tensors(config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:
 def _real_tokens_first(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moves padding behind each row's real tokens: ids (B, L), the source position of each (B, L), lengths (B,)."""
     if attention_mask.shape != input_ids.shape:
-        raise ShapeError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}"
-        )
+        raise ShapeError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}")
     is_real = attention_mask.bool()
     order = torch.argsort((~is_real).to(torch.uint8), dim=1, stable=True)  # (B, L)
     return input_ids.gather(1, order), order, is_real.sum(1)

@@ -51,7 +51,8 @@ class SamplingParams:
         if self.top_p == 0:
             raise RequestError("top_p", "must be above 0 and at most 1, got 0")
         _require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        stop: object = self.stop  # a caller without a type checker may give a plain string
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError("stop", "must be a list of non-empty strings")
         if len(self.stop) > MAX_STOP_STRINGS or any(len(s) > MAX_STOP_LENGTH for s in self.stop):
             raise RequestError("stop", f"at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters")

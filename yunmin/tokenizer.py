@@ -41,7 +41,7 @@ class Tokenizer:
             return None
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
             raise TokenizerError(f"{path}: expected a tokenizer.json, {error}") from None
         return cls(backend, _configured_eos(path.with_name("tokenizer_config.json")) or END_OF_TEXT)
 
@@ -89,7 +89,11 @@ class Tokenizer:
         """Writes `tokenizer.json` and what `transformers` needs beside it."""
         self.backend.save(str(Path(folder) / "tokenizer.json"))
         eos = None if self.eos_id is None else self.backend.id_to_token(self.eos_id)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "clean_up_tokenization_spaces": False}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos,
+            "clean_up_tokenization_spaces": False,
+        }
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from yunmin.cli import parser, print_json
 
@@ -67,7 +68,7 @@ def _prompt(text: str | None, file: str | None, token_ids: str | None) -> str | 
         return text
     if file is not None:
         try:
-            data = sys.stdin.buffer.read() if file == "-" else open(file, "rb").read()  # noqa: SIM115 (exits soon)
+            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
             return data.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError("prompt-file", f"{file}: {error}") from None

@@ -23,7 +23,9 @@ def main(argv: list[str]) -> int:
         print_json(manifest.model_dump())
         return 0
     config = checkpoint.config
-    print(f"{options.artifact}: Mamba-1, {config.n_layers} layers, width {config.d_model}, vocabulary {config.n_tokens}")
+    print(
+        f"{options.artifact}: Mamba-1, {config.n_layers} layers, width {config.d_model}, vocabulary {config.n_tokens}"
+    )
     for name, value in manifest.provenance.items():
         print(f"  {name:<12} {value}")
     print("\n  verified     every file matches its sha256")

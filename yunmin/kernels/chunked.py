@@ -28,9 +28,7 @@ def _chunk_length(batch: int, inner: int, n: int) -> int:
     return max(1, min(64, _WORK_NUMBERS // max(1, batch * inner * n)))
 
 
-def _run_chunk(
-    du: Tensor, delta: Tensor, A: Tensor, B_ssm: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor]:
+def _run_chunk(du: Tensor, delta: Tensor, A: Tensor, B_ssm: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """States and decays of one chunk, both (T, B, D, N), from time-major inputs."""
     decay = torch.exp(delta.unsqueeze(-1) * A)  # (T, B, D, N)
     states = du.unsqueeze(-1) * B_ssm.unsqueeze(2)  # increments first, turned into states in place
@@ -72,7 +70,7 @@ class _ChunkedScan(torch.autograd.Function):
         return y, last if length else state.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
         u, delta, A, B_ssm, C_ssm, *starts = ctx.saved_tensors
         delta_t, u_t, B_t, C_t, dy_t = (x.transpose(0, 1) for x in (delta, u, B_ssm, C_ssm, grad_y))

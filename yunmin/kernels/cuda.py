@@ -33,7 +33,13 @@ def cuda_scan(
 
     to_channel_major = [x.transpose(1, 2).contiguous() for x in (u, delta, B_ssm, C_ssm)]
     y, last_state = selective_scan_fn(
-        to_channel_major[0], to_channel_major[1], A, to_channel_major[2], to_channel_major[3], D_skip, return_last_state=True
+        to_channel_major[0],
+        to_channel_major[1],
+        A,
+        to_channel_major[2],
+        to_channel_major[3],
+        D_skip,
+        return_last_state=True,
     )
     y = y.transpose(1, 2)  # (B, L, D)
     if state.requires_grad or bool(state.any()):
@@ -58,5 +64,5 @@ def cuda_convolution(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     from causal_conv1d import causal_conv1d_fn
 
     channel_major = inputs.transpose(1, 2).contiguous()  # (B, D, K-1+L)
-    y = causal_conv1d_fn(channel_major, weight, bias, activation="silu")
+    y: Tensor = causal_conv1d_fn(channel_major, weight, bias, activation="silu")
     return y[:, :, weight.shape[1] - 1 :].transpose(1, 2)

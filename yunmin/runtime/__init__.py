@@ -22,7 +22,7 @@ class Runtime(Protocol):
         ...
 
     def prefill(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        """Reads one sequence: ids (L,), a state of batch size 1 or None -> logits (V,) after the last, and the state."""
+        """Reads one sequence: ids (L,), a state of batch size 1 or None -> logits (V,) after the last, and state."""
         ...
 
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
