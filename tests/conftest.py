@@ -1,14 +1,32 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests; `tests.models` has the functions behind them."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+# before torch starts its threads: a test must not depend on how many cores the machine has
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 
-# sampling a test's processes must not depend on how many cores the machine has
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+from tests.models import trained_tokenizer, write_model
+from yunmin.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A byte-level BPE of 300 ids."""
+    return trained_tokenizer()
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """A random small model with tokenizer, as a Hugging Face folder."""
+    return write_model(tmp_path / "model", tokenizer=tokenizer)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
