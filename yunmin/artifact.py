@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class Parity(_Record):
 
     @property
     def relative_error(self) -> float:
-        return self.max_abs_error / self.largest_logit
+        return self.max_abs_error / self.largest_logit if self.largest_logit else math.inf
 
     @property
     def holds(self) -> bool:
@@ -60,7 +61,8 @@ class Manifest(_Record):
         files: every file but the manifest itself.
         before, after: parameters, weight bytes, FLOPs per token, state bytes.
         cuts: per layer, the inner channels and states kept.
-        parity: by precision, "float32" and "float64".
+        parity: "float32" (the artifact's own tensors) and "float64" (the mathematics) against the trained model, and
+            "stepwise": the artifact's prefill and steps against its own whole sequences.
     """
 
     format_version: int

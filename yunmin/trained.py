@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,6 +17,9 @@ from yunmin.errors import CheckpointError, MissingExtraError
 from yunmin.gated import FixedGate, GatedMixer, MaskedLinear
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, adapter_folders, load_pillars
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def build_trained(checkpoint: Checkpoint, pillars: Pillars, adapters: Mapping[str, Path]) -> MambaLM:
@@ -37,7 +41,9 @@ def build_trained(checkpoint: Checkpoint, pillars: Pillars, adapters: Mapping[st
         projection = name.rsplit(".", 2)[1]
         setattr(parent, projection, MaskedLinear(getattr(parent, projection), FixedGate(mask)))
     for name, folder in adapters.items():
-        _inject(model, name, folder)
+        inject_adapter(model, name, folder)
+    if adapters:
+        _activate(model)
     return model.eval()
 
 
@@ -56,17 +62,45 @@ def set_fixed_gates(model: MambaLM, pillars: Pillars) -> None:
         mixer.state_gate = FixedGate(pillars.state_gates[layer])
 
 
-def _inject(model: MambaLM, name: str, folder: Path) -> None:
+def adapter_host(model: MambaLM) -> nn.Module:
+    """A shell around the backbone, for `peft` to inject adapters into.
+
+    It keeps peft from refusing LoRA on `out_proj` (fused kernels elsewhere bypass it; ours calls it as a module) and
+    from accepting adapters on the head, which is used raw here.
+    """
+    host = nn.Module()
+    host.backbone = model.backbone
+    return host
+
+
+def inject_adapter(model: MambaLM, name: str, folder: Path, *, is_trainable: bool = False) -> PeftConfig:
+    """Adds an adapter from a standard PEFT folder to a model, in place.
+
+    Args:
+        model: gets the adapter on its projections.
+        name: of the adapter; adapters of different names stay apart.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        is_trainable: whether its parameters take gradients.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        CheckpointError: the adapter is damaged or does not fit.
+        MissingExtraError: `peft` is not installed.
+    """
     try:
         from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
         from peft.utils.save_and_load import load_peft_weights
     except ModuleNotFoundError:
         raise MissingExtraError("peft", "export", f"the adapter {folder}") from None
+    host = adapter_host(model)
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = not is_trainable
         weights = load_peft_weights(str(folder), device="cpu")
-        inject_adapter_in_model(config, model, adapter_name=name)
-        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+        inject_adapter_in_model(config, host, adapter_name=name)
+        result = set_peft_model_state_dict(host, weights, adapter_name=name)
     except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: the adapter does not load: {str(error).splitlines()[0]}") from None
     if result.unexpected_keys:
@@ -74,3 +108,14 @@ def _inject(model: MambaLM, name: str, folder: Path) -> None:
     missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
     if missing:
         raise CheckpointError(f"{folder}: the adapter lacks the tensor {missing[0]!r}")
+    return config
+
+
+def _activate(model: MambaLM) -> None:
+    """Switches on every adapter: injecting a second one of a kind leaves only the newest active in all modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            holders = [getattr(module, name) for name in module.adapter_layer_names]
+            module.set_adapter(sorted({name for holder in holders for name in holder}))

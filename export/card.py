@@ -1,0 +1,125 @@
+"""The model card, `README.md`, and the table that the command line prints; both from one set of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from yunmin.artifact import Parity
+from yunmin.config import MambaConfig
+from yunmin.cost import Cost
+
+_QUANTITIES = {
+    "parameters": "parameters",
+    "weight_bytes": "weight bytes (fp32)",
+    "flops_per_token": "FLOPs per token",
+    "state_bytes": "state bytes per sequence",
+}
+_CLAIMS = {
+    "float32": "the artifact's weights against the trained model, fp32",
+    "float64": "the same export computed in fp64",
+    "stepwise": "its prefill and steps against its own whole sequences, fp32",
+}
+
+
+def size_rows(before: Mapping[str, int], after: Mapping[str, int]) -> list[tuple[str, str, str, str]]:
+    """Quantity, before, after and ratio, as text."""
+    return [
+        (label, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.3f}")
+        for key, label in _QUANTITIES.items()
+    ]
+
+
+def parity_rows(parity: Mapping[str, Parity]) -> list[tuple[str, str, str, str]]:
+    """Claim, error relative to the largest logit, limit and positions compared, as text."""
+    return [
+        (_CLAIMS[name], f"{p.relative_error:.1e}", f"{p.tolerance:.0e}", str(p.tokens)) for name, p in parity.items()
+    ]
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned for a terminal: the first to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        f"  {line[0]:<{widths[0]}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )
+
+
+def model_card(
+    name: str,
+    *,
+    config: MambaConfig,
+    before: Cost,
+    after: Cost,
+    parity: Mapping[str, Parity],
+    provenance: Mapping[str, Any],
+    has_tokenizer: bool,
+) -> str:
+    """The card of an artifact, in Markdown with the front matter that the Hugging Face Hub reads."""
+    sizes = _markdown_table(("", "before", "after", "ratio"), size_rows(before.to_dict(), after.to_dict()))
+    proof = _markdown_table(("", "error / largest logit", "limit", "positions"), parity_rows(parity))
+    merged = ", ".join(f"{a['kind']} on {' and '.join(a['projections'])}" for a in provenance["adapters"]) or "none"
+    prompt = "'Once upon a time'" if has_tokenizer else "1,2,3"
+    option = "--prompt" if has_tokenizer else "--token-ids"
+    widths = f"{_widths('inner channels', config.d_inner)} {_widths('states per channel', config.d_state)}"
+    return f"""---
+library_name: {"transformers" if config.is_uniform else "yunmin"}
+pipeline_tag: text-generation
+tags: [mamba, yunmin]
+---
+
+# {name}
+
+A Mamba-1 language model of {config.n_layers} layers and width {config.d_model}, exported by `yunmin` from
+`{provenance["source"]}`. {widths}
+Adapters merged into the weights: {merged}. The channels lie in scan order; nothing is reordered at run time.
+
+## Sizes
+
+{sizes}
+
+## Proof
+
+Before it was published, this artifact's logits were compared with those of the model as it was trained (gates, masks
+and adapters applied in forward), on {provenance["verified_on"]}.
+
+{proof}
+
+## Use
+
+```sh
+yunmin inspect .
+yunmin generate . {option} {prompt} --max-tokens 64
+yunmin serve .
+```
+
+{_python_usage(config, has_tokenizer)}
+
+## License
+
+Not stated here: the license of the model that this one was derived from applies. Name it before you publish this
+folder.
+"""
+
+
+def _widths(what: str, widths: tuple[int, ...]) -> str:
+    if len(set(widths)) == 1:
+        return f"Every layer has {widths[0]} {what}."
+    return f"{what.capitalize()} by layer: {', '.join(map(str, widths))}."
+
+
+def _python_usage(config: MambaConfig, has_tokenizer: bool) -> str:
+    if not config.is_uniform:
+        return "The widths differ between layers, which `transformers` does not know: load the folder with `yunmin`."
+    lines = ["All layers have the same widths, so `transformers` loads the folder as it is:", "", "```python"]
+    lines += ["from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""), ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained(".")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained(".")'] if has_tokenizer else []
+    return "\n".join([*lines, "```"])
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,52 @@
+"""Turn a run or a checkpoint into a compact artifact that is proven to compute the same."""
+
+from __future__ import annotations
+
+import sys
+
+from yunmin.cli import parser, print_json
+
+
+def main(argv: list[str]) -> int:
+    """`yunmin export SOURCE OUT`."""
+    arguments = parser(
+        "export",
+        "Merges adapters, folds gates, cuts what is gated off, bakes the scan order, verifies the result against the "
+        "model as it was trained, and writes an artifact.",
+        [
+            "yunmin export training_outputs/my-run artifact/",
+            "yunmin export training_outputs/my-run/checkpoint-500 artifact/ --force",
+            "yunmin export path/to/mamba-130m-hf artifact/ --adapter my-lora/ --data held-out.txt --json",
+        ],
+    )
+    arguments.add_argument("source", help="run folder, a checkpoint of it, any Mamba checkpoint, or a Hub id")
+    arguments.add_argument("out", help="folder to write; appears whole or not at all")
+    arguments.add_argument(
+        "--adapter", action="append", default=[], metavar="DIR", help="a LoRA or IA3 folder to merge, too; repeatable"
+    )
+    arguments.add_argument("--data", metavar="SOURCE", help="text to verify on (the standard library's sources)")
+    arguments.add_argument("--force", action="store_true", help="replace an artifact that is at OUT")
+    arguments.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
+    options = arguments.parse_args(argv)
+
+    from export.card import parity_rows, plain_table, size_rows
+    from export.pipeline import export
+
+    manifest = export(
+        options.source,
+        options.out,
+        adapters=options.adapter,
+        data=options.data,
+        force=options.force,
+        progress=lambda stage: print(f"{stage} ...", file=sys.stderr, flush=True),
+    )
+    if options.json:
+        print_json({"artifact": options.out, **manifest.model_dump()})
+        return 0
+    print(f"{options.out}: written and verified on {manifest.provenance['verified_on']}\n")
+    print(plain_table(("size", "before", "after", "ratio"), size_rows(manifest.before, manifest.after)))
+    print()
+    header = ("logits compared", "error / largest", "limit", "positions")
+    print(plain_table(header, parity_rows(manifest.parity)))
+    print(f"\nnext:\n  yunmin inspect {options.out}\n  yunmin serve {options.out}")
+    return 0

@@ -1,0 +1,71 @@
+"""Where an artifact came from: facts for its manifest, by hash, without paths the user did not type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.adapter import Adapter
+from yunmin import __version__
+from yunmin.checkpoint import Checkpoint
+from yunmin.files import sha256_file
+from yunmin.pillars import ADAPTERS, Pillars
+
+_SOURCE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "tokenizer.json",
+    "pillars.safetensors",
+    "scan_order.npy",
+)
+
+
+def provenance_of(
+    name: str, checkpoint: Checkpoint, pillars: Pillars, adapters: Mapping[str, Adapter], probe_origin: str
+) -> dict[str, Any]:
+    """Facts about an export, the same for the same input.
+
+    Args:
+        name: of the source, as the user typed it.
+        checkpoint: that was read.
+        pillars: beside it.
+        adapters: that were merged.
+        probe_origin: what it was verified on.
+    """
+    identity = [torch.arange(order.numel()) for order in pillars.scan_order]
+    reordered = sum(not torch.equal(order, i) for order, i in zip(pillars.scan_order, identity, strict=True))
+    gates = (*pillars.channel_gates, *pillars.state_gates)
+    return {
+        "yunmin": __version__,
+        "source": name,
+        "checkpoint": checkpoint.folder.name,
+        "source_files": {path.name: sha256_file(path) for path in _source_files(checkpoint.folder)},
+        "adapters": [_adapter_facts(key, adapter) for key, adapter in adapters.items()],
+        "gates": {
+            "zero": sum(int((gate == 0).sum()) for gate in gates),
+            "one": sum(int((gate == 1).sum()) for gate in gates),
+            "other": sum(int(((gate != 0) & (gate != 1)).sum()) for gate in gates),
+        },
+        "masks": {
+            "projections": len(pillars.weight_masks),
+            "zeroed_weights": sum(int((~mask).sum()) for mask in pillars.weight_masks.values()),
+        },
+        "reordered_layers": reordered,
+        "verified_on": probe_origin,
+    }
+
+
+def _source_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _SOURCE_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def _adapter_facts(key: str, adapter: Adapter) -> dict[str, Any]:
+    # the folder of a checkpoint's own adapter follows from the source
+    path = f"adapters/{key}" if key in ADAPTERS else str(adapter.folder)
+    return {**adapter.describe(), "path": path}
