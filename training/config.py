@@ -66,7 +66,7 @@ class TrainingConfig(BaseModel):
     )
 
     # pillar 1: scan order
-    scan_mode: Literal["off", "static", "dynamic"] = Field(
+    scan_mode: Literal["none", "static", "dynamic"] = Field(
         "dynamic", description="static solves the order once, dynamic every scan_update_frequency steps"
     )
     scan_start: Literal["identity", "random"] = "identity"

@@ -35,6 +35,10 @@ class DataError(YunminError):
     """Training or evaluation data is missing, empty or malformed."""
 
 
+class TrainingError(YunminError):
+    """A run cannot go on: a loss that is not finite, or a parameter that takes no part in it."""
+
+
 class VerificationError(YunminError):
     """An export does not compute what the trained model computes."""
 

@@ -6,6 +6,8 @@ ones. They act where a cut is exact: channels on SiLU(conv(x)) before `x_proj` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +35,10 @@ class GatedMixer(MambaMixer):
     Attributes:
         channel_gate: returns (D,), multiplied onto SiLU(conv(x)).
         state_gate: returns (N,), multiplied onto B.
+        observe: is shown SiLU(conv(x)) (B, L, D) before the gates, where set.
     """
+
+    observe: Callable[[Tensor], None] | None = None
 
     def __init__(self, config: MambaConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -42,6 +47,8 @@ class GatedMixer(MambaMixer):
         self.state_gate: nn.Module = FixedGate(torch.ones(config.d_state[layer], device="cpu"))
 
     def gate_channels(self, x: Tensor) -> Tensor:
+        if self.observe is not None:
+            self.observe(x)
         gate: Tensor = self.channel_gate()
         return x * gate.to(x.dtype)
 

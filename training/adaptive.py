@@ -1,0 +1,397 @@
+"""A model under training with its three pillars: what each phase puts in place and takes away again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from training.adapters import Allocation, allocate, inject_adapters, save_adapters
+from training.config import TrainingConfig
+from training.gating import Gating, mixers_of, set_fixed_masks
+from training.importance import ImportanceProbe
+from training.phases import Phase
+from training.scan_order import VariableScanOptimizer
+from training.sparsity import layer_costs
+from yunmin.axes import PROJECTIONS, layer_prefix
+from yunmin.errors import TrainingError
+from yunmin.model import MambaLM
+from yunmin.pillars import Pillars, adapter_folders
+from yunmin.trained import inject_adapter, set_fixed_gates
+
+_OBSERVED_POSITIONS = 256  # per step and layer: enough for a correlation over many steps, and cheap
+_PROBED_FROM = 0.8  # importance is measured in the last fifth of its phase
+_ZERO_STEPS = 10  # a parameter whose gradient is zero for so long takes no part in the model
+_NO_DECAY = ("A_log", ".D", "bias", "norm.weight", "norm_f.weight")
+
+
+class AdaptiveModel:
+    """A `MambaLM` under training, with the three pillars.
+
+    Attributes:
+        model: called as `model(input_ids)`; gates and adapters are in place.
+        phase: the current one.
+
+    Args:
+        model: built with `GatedMixer`.
+        config: of the run.
+        generator: source of all randomness of the pillars.
+    """
+
+    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator) -> None:
+        self.model = model
+        self.config = config
+        self.phase = Phase.DENSE
+        self._generator = generator
+        self._gating: Gating | None = None
+        self._fixed = Pillars.identity(model.config)  # gates and masks in force outside the gate phase
+        self._adapters: dict[str, PeftConfig] = {}
+        self._probe = ImportanceProbe(
+            {
+                f"{layer_prefix(layer)}mixer.{name}": getattr(mixer, name)
+                for layer, mixer in enumerate(mixers_of(model))
+                for name in PROJECTIONS
+            }
+        )
+        self._scans = [
+            VariableScanOptimizer(
+                inner,
+                config.scan_update_frequency,
+                start=config.scan_start,
+                mode="static" if config.scan_mode == "static" else "dynamic",
+                generator=generator,
+            )
+            for inner in model.config.d_inner
+        ]
+        self._observed: dict[int, Tensor] = {}
+        self._observed_gradients: dict[int, Tensor] = {}
+        self._steps_in_phase = 0
+        self._without_gradient: set[str] = set()
+        self._watch_gradients()
+        self._observe(self._orders_are_open)
+
+    # --- phases ---------------------------------------------------------------------------------------------------
+
+    def enter(self, phase: Phase) -> list[str]:
+        """Begins a phase; returns lines for the log."""
+        lines: list[str] = []
+        if phase is not Phase.DENSE:
+            lines += self._solve_orders()
+        self.phase = phase
+        match phase:
+            case Phase.GATES:
+                self._gating = Gating(self.model, self.config, self.scan_order)
+                self._rebuild_probe()
+            case Phase.RECOVER:
+                lines += self._fix_gates()
+            case Phase.ADAPTERS:
+                lines += self._fix_gates() + self._add_adapters()
+            case _:
+                pass
+        self._observe(self._orders_are_open)
+        self._watch_gradients()
+        return lines
+
+    def restore(self, phase: Phase, pillars: Pillars, checkpoint_folder: Path) -> None:
+        """Takes up a phase where a checkpoint left it, instead of `enter`."""
+        self.phase = phase
+        saved = pillars.training
+        for layer, scan in enumerate(self._scans):
+            prefix = f"scan.{layer}."
+            scan.load_statistics({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
+        if phase is Phase.GATES:
+            self._gating = Gating(self.model, self.config, self.scan_order)
+            self._gating.load_tensors(saved)
+            self._rebuild_probe()
+        else:
+            self._fixed = pillars
+            set_fixed_gates(self.model, pillars)
+            set_fixed_masks(self.model, pillars.weight_masks)
+        self._probe.scores = saved["importance.scores"].clone()
+        self._probe.steps = int(saved["importance.steps"])
+        if phase is Phase.ADAPTERS:
+            for name, folder in adapter_folders(checkpoint_folder).items():
+                self._adapters[name] = inject_adapter(self.model, name, folder, is_trainable=True)
+            self._train_only_adapters()
+        self._observe(self._orders_are_open)
+        self._watch_gradients()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the phase for AdamW; gates keep a constant rate (`scheduled` is False)."""
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.phase is Phase.ADAPTERS:
+            rate = self.config.adapter_learning_rate or self.config.learning_rate
+            return [_group("adapters", trainable, rate, 0.0)]
+        gates = {n: p for n, p in trainable.items() if n.endswith(".logits")}
+        plain = {n: p for n, p in trainable.items() if n not in gates and n.endswith(_NO_DECAY)}
+        decayed = {n: p for n, p in trainable.items() if n not in gates and n not in plain}
+        groups = [
+            _group("decayed", decayed, self.config.learning_rate, self.config.weight_decay),
+            _group("plain", plain, self.config.learning_rate, 0.0),
+        ]
+        if gates:
+            groups.append({**_group("gates", gates, self.config.gate_learning_rate, 0.0), "scheduled": False})
+        return groups
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def before_step(self, progress: float) -> None:
+        """Prepares a step at a point of the phase, 0 to 1: samples gates, and measures importance near its end."""
+        if self._gating is not None:
+            self._gating.sample(progress, self._generator)
+        probed_phase = Phase.GATES if self.config.enable_masking else Phase.DENSE
+        if self.config.enable_peft and self.phase is probed_phase and progress >= _PROBED_FROM:
+            self._probe.attach()
+        else:
+            self._probe.detach()
+
+    def penalty(self) -> Tensor:
+        """The sparsity term to add to the loss; zero outside the gate phase."""
+        if self._gating is None:
+            return torch.zeros((), device=self.model.device)
+        return self._gating.penalty()
+
+    def after_backward(self) -> None:
+        """Takes what a backward pass shows: importance, activation statistics, parameters without gradient.
+
+        Raises:
+            TrainingError: a trainable parameter has no gradient, or a zero one for ten steps; names it.
+        """
+        self._steps_in_phase += 1
+        self._probe.collect()
+        self._check_gradients()
+
+    def after_step(self) -> list[str]:
+        """Moves multipliers and scan order after the optimizer's step; returns lines for the log."""
+        if self._gating is not None:
+            self._gating.ascend()
+        changed = [
+            layer
+            for layer, x in sorted(self._observed.items())
+            if self._scans[layer].update_permutation(x, self._observed_gradients.get(layer))
+        ]
+        self._observed.clear()
+        self._observed_gradients.clear()
+        return self._order_changed(changed)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within it, the model is in evaluation mode and its gates are without noise."""
+        was_training = self.model.training
+        self._observe(False)
+        self.model.eval()
+        try:
+            if self._gating is None:
+                yield
+            else:
+                with self._gating.deterministic():
+                    yield
+        finally:
+            self.model.train(was_training)
+            self._observe(self._orders_are_open)
+
+    # --- what is known --------------------------------------------------------------------------------------------
+
+    @property
+    def scan_order(self) -> tuple[Tensor, ...]:
+        """The channel at each position, per layer."""
+        return tuple(scan.get_permutation() for scan in self._scans)
+
+    def statistics(self) -> dict[str, float | list[float]]:
+        """Masking as it stands: expected sparsity overall and by layer, keep-probabilities, contribution by layer."""
+        config, unit = self.model.config, self.config.sparsity_unit
+        if self._gating is None:
+            keep = [(gate > 0).float() for gate in self._fixed.channel_gates]
+            kept_n = [(gate > 0).float().sum() for gate in self._fixed.state_gates]
+        else:
+            keep = [gate.keep_probability().detach().cpu() for gate in self._gating.channel_gates]
+            kept_n = [torch.tensor(float(n)) for n in config.d_state]
+            if self._gating.state_gates:
+                kept_n = [gate.keep_probability().detach().cpu().sum() for gate in self._gating.state_gates]
+        full = layer_costs(
+            config,
+            [torch.tensor(float(d)) for d in config.d_inner],
+            [torch.tensor(float(n)) for n in config.d_state],
+            unit,
+        )
+        cut = [f - c for f, c in zip(full, layer_costs(config, [k.sum() for k in keep], kept_n, unit), strict=True)]
+        total = float(torch.stack(full).sum())
+        values: dict[str, float | list[float]] = {
+            "sparsity": float(torch.stack(cut).sum()) / total,
+            "layer_sparsity": [float(c / f) for c, f in zip(cut, full, strict=True)],
+            "layer_contribution": [float(c) / total for c in cut],
+            "keep_probability": [float(k.mean()) for k in keep],
+        }
+        if self._gating is not None:
+            values["target"] = self._gating.targets["channels"].target
+            values["temperature"] = self._gating.temperature
+            expected = self._gating.expected_sparsity()
+            values |= {f"{kind}_sparsity": float(s.detach()) for kind, s in expected.items() if kind != "channels"}
+        return values
+
+    def pillars(self) -> Pillars:
+        """Everything a checkpoint keeps of the pillars."""
+        training = {"importance.scores": self._probe.scores, "importance.steps": torch.tensor(self._probe.steps)}
+        channels, states, masks = self._fixed.channel_gates, self._fixed.state_gates, self._fixed.weight_masks
+        if self._gating is not None:
+            channels, states, masks = self._gating.current()
+            training |= self._gating.tensors()
+            training["temperature"] = torch.tensor(self._gating.temperature)
+        elif "temperature" in self._fixed.training:  # what masking ended with stays on record
+            kept = ("logits.", "multipliers.", "temperature")
+            training |= {n: t for n, t in self._fixed.training.items() if n.startswith(kept)}
+        for layer, scan in enumerate(self._scans):
+            training |= {f"scan.{layer}.{name}": tensor for name, tensor in scan.statistics().items()}
+        return Pillars(channels, states, self.scan_order, masks, training)
+
+    def save_adapters(self, folder: Path) -> None:
+        """Writes `adapters/lora` and `adapters/ia3` below a checkpoint folder, those that there are."""
+        save_adapters(self.model, self._adapters, folder / "adapters")
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Numbers that are trained, and all numbers."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _orders_are_open(self) -> bool:
+        """Whether activations are still observed: until gates are fixed, and until a static order is solved."""
+        if self.config.scan_mode == "none" or self.phase in (Phase.RECOVER, Phase.ADAPTERS):
+            return False
+        return not all(scan.is_done for scan in self._scans)
+
+    def _observe(self, wanted: bool) -> None:
+        for layer, mixer in enumerate(mixers_of(self.model)):
+            mixer.observe = self._observer(layer) if wanted else None
+
+    def _observer(self, layer: int):  # type: ignore[no-untyped-def]  # a closure over the layer
+        def observe(x: Tensor) -> None:
+            flat = x.reshape(-1, x.shape[-1])  # (B*L, D)
+            rows = slice(None, None, max(1, flat.shape[0] // _OBSERVED_POSITIONS))
+            self._observed[layer] = flat.detach()[rows].unsqueeze(0)
+            if self.config.scan_gradient_weighted and x.requires_grad:
+
+                def keep(gradient: Tensor) -> None:
+                    self._observed_gradients[layer] = gradient.reshape(flat.shape)[rows].unsqueeze(0)
+
+                x.register_hook(keep)  # type: ignore[no-untyped-call]
+
+        return observe
+
+    def _solve_orders(self) -> list[str]:
+        """Solves from what was seen so far, unless the orders are fixed already."""
+        if not self._orders_are_open or (self._gating is not None and self._gating.block > 1):
+            return []  # blocks that were learned must not change their members at the last moment
+        return self._order_changed([layer for layer, scan in enumerate(self._scans) if scan.solve()])
+
+    def _order_changed(self, layers: list[int]) -> list[str]:
+        if not layers:
+            return []
+        if self._gating is not None:
+            self._gating.regroup(self.scan_order)
+        return [f"scan order updated in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"]
+
+    def _fix_gates(self) -> list[str]:
+        """Ends the gate phase: exact widths, fixed gates and masks."""
+        if self._gating is None:
+            return []
+        training = self._gating.tensors() | {"temperature": torch.tensor(self._gating.temperature)}
+        channels, states, masks = self._gating.freeze(self.scan_order)
+        self._gating = None
+        self._fixed = Pillars(channels, states, self.scan_order, masks, training)
+        set_fixed_gates(self.model, self._fixed)
+        set_fixed_masks(self.model, masks)
+        self.model.to(self.model.device)
+        inner, n = ([int((gate > 0).sum()) for gate in gates] for gates in (channels, states))
+        of = self.model.config
+        return [f"gates fixed: {inner} of {list(of.d_inner)} inner channels, {n} of {list(of.d_state)} states"]
+
+    def _rebuild_probe(self) -> None:
+        """Follows projections that masks have wrapped; keeps what was measured."""
+        scores, steps = self._probe.scores, self._probe.steps
+        self._probe.detach()
+        self._probe = ImportanceProbe({name: self.model.get_submodule(name) for name in self._probe.projections})
+        self._probe.scores, self._probe.steps = scores, steps
+
+    def _add_adapters(self) -> list[str]:
+        self._probe.detach()
+        scores = self._importance()
+        masked = {name.removesuffix(".weight") for name in self._fixed.weight_masks}
+        allocation = allocate(scores, self.config, masked)
+        self._adapters = inject_adapters(self.model, allocation, self.config, self._generator)
+        self.model.to(self.model.device)
+        self._train_only_adapters()
+        return _describe(allocation, scores, self.config)
+
+    def _importance(self) -> dict[str, float]:
+        """Score of each projection by the configured measure."""
+        if self.config.importance == "gradient":
+            if self._probe.steps == 0:
+                raise TrainingError("importance was never measured: the phase before the adapters is too short")
+            return self._probe.means()
+        logits = [t for name, t in sorted(self._fixed.training.items()) if name.startswith("logits.channel.")]
+        by_layer = [self._fixed.training[f"logits.channel.{layer}"] for layer in range(len(logits))]
+        measured = [
+            float((torch.sigmoid(t) if self.config.importance == "probability" else t.abs()).mean()) for t in by_layer
+        ]
+        return {name: measured[int(name.split(".")[2])] for name in self._probe.projections}
+
+    def _train_only_adapters(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(".lora_" in name or ".ia3_" in name)
+
+    def _watch_gradients(self) -> None:
+        self._steps_in_phase = 0
+        self._without_gradient = {n for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def _check_gradients(self) -> None:
+        if self._steps_in_phase > _ZERO_STEPS:
+            return
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                raise TrainingError(f"phase {self.phase}: parameter {name!r} is trainable and has no gradient")
+            if bool(parameter.grad.any()):
+                self._without_gradient.discard(name)
+        if self._steps_in_phase == _ZERO_STEPS and self._without_gradient:
+            name = min(self._without_gradient)
+            raise TrainingError(f"phase {self.phase}: the gradient of {name!r} was zero for {_ZERO_STEPS} steps")
+
+
+def _group(name: str, parameters: dict[str, nn.Parameter], rate: float, decay: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "params": list(parameters.values()),
+        "param_names": list(parameters),
+        "lr": rate,
+        "weight_decay": decay,
+        "scheduled": True,
+    }
+
+
+def _describe(allocation: Allocation, scores: dict[str, float], config: TrainingConfig) -> list[str]:
+    counts = f"LoRA on {len(allocation.lora)}, IA3 on {len(allocation.ia3)}, frozen {len(allocation.frozen)}"
+    lines = [f"adapters by importance ({config.importance}): {counts} of {len(scores)} projections"]
+    ranked = [*allocation.lora, *allocation.ia3, *allocation.frozen]
+    lines += [f"  {kind:<6} {', '.join(_short(n) for n in getattr(allocation, kind))}" for kind in ("lora", "ia3")]
+    values = sorted(scores[name] for name in ranked)
+    ties = sum(a == b for a, b in itertools.pairwise(values))
+    if ties:
+        lines.append(f"  {ties} scores tie and were ranked by name: with equal widths this measure sees layers only")
+    if any(name.endswith("dt_proj") for name in (*allocation.lora, *allocation.ia3)):
+        lines.append("  transformers reads dt_proj.weight past its adapter: merge there, or export from here")
+    return lines
+
+
+def _short(name: str) -> str:
+    layer, projection = name.split(".")[2], name.rpartition(".")[2]
+    return f"{layer}.{projection}"

@@ -1,0 +1,229 @@
+"""Pillar 2: all learned gates of a model, from the first sample to the exact cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from training.config import TrainingConfig
+from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel
+from training.masks import element_mask, initial_mask_logits, n_of_m_mask
+from training.sparsity import SparsityTarget, best_units, kept_channels, kept_states, layer_costs, shared_counts
+from yunmin.axes import layer_prefix
+from yunmin.errors import ConfigError
+from yunmin.gated import FixedGate, GatedMixer, MaskedLinear
+from yunmin.model import MambaLM
+
+
+class Gating:
+    """Learned gates on inner channels (or blocks of them), states and weights, as configured.
+
+    Building one puts the gates into the model; `remove` takes them out again.
+
+    Args:
+        model: built with `GatedMixer`.
+        config: what is gated, and its targets.
+        scan_order: per layer, int64 (D,); neighbours in it form blocks and N:M groups.
+
+    Raises:
+        ConfigError: blocks or multiples do not fit the layers' widths.
+    """
+
+    def __init__(self, model: MambaLM, config: TrainingConfig, scan_order: Sequence[Tensor]) -> None:
+        self.model = model
+        self.config = config
+        self.block = config.gate_block_size if config.channel_gates == "block" else 1
+        if config.channel_multiple % self.block:
+            raise ConfigError(f"channel_multiple: must be a multiple of gate_block_size {self.block}")
+        for width in model.config.d_inner:
+            kept_channels(width, config.target_sparsity, config.channel_multiple)
+            if width % self.block:
+                raise ConfigError(f"gate_block_size: must divide the inner width {width}, got {self.block}")
+        self.targets = {
+            "channels": SparsityTarget(config.target_sparsity, config.multiplier_learning_rate),
+            "states": SparsityTarget(config.target_state_sparsity, config.multiplier_learning_rate),
+            "weights": SparsityTarget(self.mask_sparsity, config.multiplier_learning_rate),
+        }
+        self.temperature = config.masking_initial_tau
+        self.channel_gates: list[LearnedGate] = []
+        self.state_gates: list[LearnedGate] = []
+        self.mask_gates: dict[str, LearnedGate] = {}
+        for layer, mixer in enumerate(mixers_of(model)):
+            self._install(layer, mixer, scan_order[layer])
+        model.to(model.device)  # the gates, too
+
+    @property
+    def mask_sparsity(self) -> float:
+        return (
+            1 - self.config.mask_n / self.config.mask_m
+            if self.config.weight_mask == "n:m"
+            else self.config.mask_sparsity
+        )
+
+    @property
+    def gates(self) -> dict[str, LearnedGate]:
+        """Every learned gate by the name of its logits in a checkpoint."""
+        named = {f"channel.{i}": gate for i, gate in enumerate(self.channel_gates)}
+        named |= {f"state.{i}": gate for i, gate in enumerate(self.state_gates)}
+        return named | {f"weight.{name}": gate for name, gate in self.mask_gates.items()}
+
+    def sample(self, progress: float, generator: torch.Generator) -> None:
+        """Draws all gates for a step at a point of the gate phase, 0 to 1."""
+        first, last = self.config.masking_initial_tau, self.config.masking_tau
+        self.temperature = first * (last / first) ** progress
+        for target in self.targets.values():
+            target.advance(progress)
+        for gate in self.gates.values():
+            gate.sample(self.temperature, generator)
+
+    def expected_sparsity(self) -> dict[str, Tensor]:
+        """Expected share cut of each kind, differentiable scalars."""
+        channels = [gate.keep_probability().sum() for gate in self.channel_gates]
+        full = [torch.tensor(float(width)) for width in self.model.config.d_inner]
+        states = [torch.tensor(float(n)) for n in self.model.config.d_state]
+        unit = self.config.sparsity_unit
+        kept = torch.stack(layer_costs(self.model.config, channels, states, unit)).sum()
+        expected = {"channels": 1 - kept / torch.stack(layer_costs(self.model.config, full, states, unit)).sum()}
+        for kind, gates in (("states", self.state_gates), ("weights", list(self.mask_gates.values()))):
+            if gates:
+                expected[kind] = 1 - torch.cat([gate.keep_probability().flatten() for gate in gates]).mean()
+        return expected
+
+    def penalty(self) -> Tensor:
+        """The Lagrangian terms of all targets, a scalar to add to the loss."""
+        expected = self.expected_sparsity()
+        return torch.stack([self.targets[kind].penalty(sparsity) for kind, sparsity in expected.items()]).sum()
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """Moves the multipliers after a step of the model."""
+        for kind, sparsity in self.expected_sparsity().items():
+            self.targets[kind].ascend(float(sparsity))
+
+    @contextmanager
+    def deterministic(self) -> Iterator[None]:
+        """Within it, gates have their values without noise."""
+        sampled = {name: gate.suspend() for name, gate in self.gates.items()}
+        try:
+            yield
+        finally:
+            for name, gate in self.gates.items():
+                gate.resume(sampled[name])
+
+    def regroup(self, scan_order: Sequence[Tensor]) -> None:
+        """Lets block gates follow a new scan order; gates on single channels do not depend on it."""
+        if self.block > 1:
+            for gate, order in zip(self.channel_gates, scan_order, strict=True):
+                gate.regroup(block_of_channel(order, self.block).to(gate.logits.device))
+
+    def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
+        """Channel gates, state gates and weight masks (by weight name) as they would act without noise now."""
+        channels = tuple(gate.deterministic().cpu() for gate in self.channel_gates)
+        if self.state_gates:
+            states = tuple(gate.deterministic().cpu() for gate in self.state_gates)
+        else:
+            states = tuple(torch.ones(n) for n in self.model.config.d_state)
+        masks = {f"{name}.weight": gate.deterministic().cpu() > 0 for name, gate in self.mask_gates.items()}
+        return channels, states, masks
+
+    def freeze(self, scan_order: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
+        """Exact widths: the best channels and states, then weight masks among what is left.
+
+        Returns:
+            Channel gates (D,) and state gates (N,) per layer, and bool weight masks by weight name.
+        """
+        config, multiple = self.config, self.config.channel_multiple // self.block
+        scores = [gate.logits for gate in self.channel_gates]
+        if config.uniform_widths:
+            counts = [
+                kept_channels(width, config.target_sparsity, config.channel_multiple) // self.block
+                for width in self.model.config.d_inner
+            ]
+        else:
+            counts = shared_counts(scores, config.target_sparsity, multiple)
+        chosen = best_units(scores, counts)
+        channels = tuple(gate.fixed(kept).cpu() for gate, kept in zip(self.channel_gates, chosen, strict=True))
+        states = tuple(torch.ones(n) for n in self.model.config.d_state)
+        if self.state_gates:
+            widths = [kept_states(n, config.target_state_sparsity) for n in self.model.config.d_state]
+            chosen = best_units([gate.logits for gate in self.state_gates], widths)
+            states = tuple(gate.fixed(kept).cpu() for gate, kept in zip(self.state_gates, chosen, strict=True))
+        masks = {
+            f"{name}.weight": self._exact_mask(name, gate, channels, states, scan_order)
+            for name, gate in self.mask_gates.items()
+        }
+        return channels, states, masks
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the gates: logits and multipliers."""
+        saved = {f"logits.{name}": gate.logits.detach().cpu() for name, gate in self.gates.items()}
+        return saved | {f"multipliers.{kind}": target.multipliers for kind, target in self.targets.items()}
+
+    @torch.no_grad()
+    def load_tensors(self, saved: dict[str, Tensor]) -> None:
+        """Continues from `tensors()`."""
+        for name, gate in self.gates.items():
+            gate.logits.copy_(saved[f"logits.{name}"])
+        for kind, target in self.targets.items():
+            target.multipliers = saved[f"multipliers.{kind}"].clone()
+
+    def _install(self, layer: int, mixer: GatedMixer, order: Tensor) -> None:
+        inner, n = self.model.config.d_inner[layer], self.model.config.d_state[layer]
+        unit_of = block_of_channel(order, self.block) if self.block > 1 else None
+        logits = torch.full((inner // self.block,), INITIAL_LOGIT)
+        mixer.channel_gate = LearnedGate(logits, unit_of, self.config.gate_estimator)
+        self.channel_gates.append(mixer.channel_gate)
+        if self.config.target_state_sparsity > 0:
+            mixer.state_gate = LearnedGate(torch.full((n,), INITIAL_LOGIT), None, self.config.gate_estimator)
+            self.state_gates.append(mixer.state_gate)
+        for target in self.config.mask_targets if self.config.weight_mask != "none" else ():
+            projection = getattr(mixer, target)
+            # always zero or one: a fractional weight mask would be a change of weights, not a mask
+            gate = LearnedGate(initial_mask_logits(projection.weight), None, "gumbel_sigmoid")
+            setattr(mixer, target, MaskedLinear(projection, gate))
+            self.mask_gates[f"{layer_prefix(layer)}mixer.{target}"] = gate
+
+    def _exact_mask(
+        self,
+        name: str,
+        gate: LearnedGate,
+        channels: Sequence[Tensor],
+        states: Sequence[Tensor],
+        scan_order: Sequence[Tensor],
+    ) -> Tensor:
+        layer, target = int(name.split(".")[2]), name.rpartition(".")[2]
+        order = scan_order[layer]
+        inner = order[channels[layer][order] > 0]  # survivors in scan order
+        kept_n = states[layer].nonzero()[:, 0]
+        rank, n, width = self.model.config.dt_rank, states[layer].numel(), order.numel()
+        rows_and_columns = {
+            "in_proj": (torch.cat([inner, width + inner]), torch.arange(self.model.config.d_model)),
+            "x_proj": (torch.cat([torch.arange(rank), rank + kept_n, rank + n + kept_n]), inner),
+            "dt_proj": (inner, torch.arange(rank)),
+            "out_proj": (torch.arange(self.model.config.d_model), inner),
+        }
+        rows, columns = rows_and_columns[target]
+        if self.config.weight_mask == "n:m":
+            return n_of_m_mask(gate.logits, self.config.mask_n, self.config.mask_m, rows, columns)
+        return element_mask(gate.logits, self.config.mask_sparsity, rows, columns)
+
+
+def mixers_of(model: MambaLM) -> list[GatedMixer]:
+    """The gated mixers of a model, in order."""
+    mixers = []
+    for block in model.backbone.layers:
+        assert isinstance(block.mixer, GatedMixer), "the model was not built with GatedMixer"
+        mixers.append(block.mixer)
+    return mixers
+
+
+def set_fixed_masks(model: MambaLM, masks: dict[str, Tensor]) -> None:
+    """Puts fixed weight masks (by weight name) into a model, in place of learned ones or of none."""
+    for name, mask in masks.items():
+        module_name = name.removesuffix(".weight")
+        parent: nn.Module = model.get_submodule(module_name.rpartition(".")[0])
+        target = module_name.rpartition(".")[2]
+        setattr(parent, target, MaskedLinear(getattr(parent, target), FixedGate(mask.to(model.device))))

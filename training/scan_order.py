@@ -1,0 +1,202 @@
+"""Pillar 1: an order of the inner channels that puts like channels side by side.
+
+The cost of a neighbourhood is 1 - |rho|, rho being the correlation of two channels' activations after the
+convolution. The order is a short Hamiltonian path through all channels: nearest neighbour, then 2-opt. It changes no
+function; it decides which channels share a block gate or an N:M group.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from yunmin.errors import ShapeError, YunminError
+
+Matrix = NDArray[np.float64]
+Order = NDArray[np.int64]
+
+_CONSTANT = 1e-10  # a channel whose deviation is below this share of its magnitude carries no correlation
+_MAX_PASSES = 20  # of 2-opt; it converges in fewer on real activations
+
+
+class VariableScanOptimizer:
+    """Accumulates activation statistics of one layer and solves for an order of its channels.
+
+    Args:
+        d_model: number of channels to order (a layer's inner width).
+        update_frequency: calls of `update_permutation` between two solutions.
+        start: "identity", or "random" drawn from `generator`.
+        mode: "static" solves once, "dynamic" again after every further `update_frequency` calls.
+        generator: source of the random start.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        update_frequency: int = 1000,
+        *,
+        start: Literal["identity", "random"] = "identity",
+        mode: Literal["static", "dynamic"] = "dynamic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.d_model = d_model
+        self.update_frequency = update_frequency
+        self.mode = mode
+        self.solutions = 0
+        self._order = torch.randperm(d_model, generator=generator) if start == "random" else torch.arange(d_model)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._calls = 0
+        self._count = 0.0
+        self._mean = torch.zeros(self.d_model, dtype=torch.float64)
+        self._comoment = torch.zeros(self.d_model, self.d_model, dtype=torch.float64)
+        self._weight = torch.zeros(self.d_model, dtype=torch.float64)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a static order is already solved, so that nothing need be observed any more."""
+        return self.mode == "static" and self.solutions > 0
+
+    def update_permutation(self, x: Tensor, gradient: Tensor | None = None) -> bool:
+        """Adds a batch to the statistics, and solves when it is time.
+
+        Args:
+            x: activations after the convolution (B, L, D).
+            gradient: of the loss with respect to x (B, L, D); weighs channels by mean |x * gradient|, or None.
+
+        Returns:
+            Whether the order changed.
+
+        Raises:
+            ShapeError: x has another number of channels.
+            YunminError: x is not finite.
+        """
+        if x.dim() != 3 or x.shape[2] != self.d_model:
+            raise ShapeError(f"update_permutation: x has shape {tuple(x.shape)}, expected (B, L, {self.d_model})")
+        if self.is_done:
+            return False
+        rows = x.detach().reshape(-1, self.d_model).to(device="cpu", dtype=torch.float64)  # (B*L, D)
+        if not bool(torch.isfinite(rows).all()):
+            raise YunminError("update_permutation: the activations are not finite")
+        self._accumulate(rows)
+        if gradient is not None:
+            saliency = rows * gradient.detach().reshape(-1, self.d_model).to(device="cpu", dtype=torch.float64)
+            self._weight += saliency.abs().mean(0)
+        self._calls += 1
+        return self._calls >= self.update_frequency and self.solve()
+
+    def solve(self) -> bool:
+        """Solves for the order from what was accumulated, then starts afresh; returns whether the order changed."""
+        if self._count < 2 or self.is_done:
+            return False
+        cost = self.cost_matrix()
+        current = self._order.numpy()
+        solved = two_opt(nearest_neighbour(cost, int(current[0])), cost)
+        improved = path_cost(solved, cost) < path_cost(current, cost) - 1e-12
+        if improved:
+            self._order = torch.from_numpy(solved)
+        self.solutions += 1
+        self._reset()
+        return bool(improved)
+
+    def get_permutation(self) -> Tensor:
+        """The channel at each position, int64 (D,)."""
+        return self._order.clone()
+
+    def get_inverse_permutation(self) -> Tensor:
+        """The position of each channel, int64 (D,)."""
+        return torch.argsort(self._order)
+
+    def correlation(self) -> Matrix:
+        """Correlations of the channels, (D, D); 0 with a channel that is constant."""
+        deviation = self._comoment.diagonal().div(max(self._count, 1.0)).sqrt()
+        is_constant = deviation <= _CONSTANT * (self._mean.abs() + deviation.max())
+        scale = torch.where(is_constant, torch.inf, deviation)
+        rho = self._comoment / max(self._count, 1.0) / scale[:, None] / scale[None, :]
+        return rho.clamp(-1.0, 1.0).numpy()
+
+    def cost_matrix(self) -> Matrix:
+        """Cost of having two channels side by side, (D, D)."""
+        cost = 1.0 - np.abs(self.correlation())
+        weight = self._weight.numpy()
+        if weight.sum() > 0:
+            relative = weight / weight.mean()
+            cost = cost * (relative[:, None] + relative[None, :]) / 2
+        return cost
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What `load_statistics` needs to go on exactly here."""
+        return {
+            "order": self._order.clone(),
+            "counters": torch.tensor([float(self._calls), self._count, float(self.solutions)], dtype=torch.float64),
+            "mean": self._mean.clone(),
+            "comoment": self._comoment.clone(),
+            "weight": self._weight.clone(),
+        }
+
+    def load_statistics(self, saved: dict[str, Tensor]) -> None:
+        """Continues from `statistics()`."""
+        self._order = saved["order"].clone()
+        calls, self._count, solutions = saved["counters"].tolist()
+        self._calls, self.solutions = int(calls), int(solutions)
+        self._mean, self._comoment, self._weight = (saved[k].clone() for k in ("mean", "comoment", "weight"))
+
+    def _accumulate(self, rows: Tensor) -> None:
+        """Merges a batch's mean and co-moment into the running ones (Chan, Golub & LeVeque 1983)."""
+        count = float(rows.shape[0])
+        if count == 0:
+            return
+        mean = rows.mean(0)
+        centered = rows - mean
+        shift = mean - self._mean
+        total = self._count + count
+        self._comoment += centered.T @ centered + torch.outer(shift, shift) * (self._count * count / total)
+        self._mean += shift * (count / total)
+        self._count = total
+
+
+def nearest_neighbour(cost: Matrix, start: int) -> Order:
+    """A path through all channels that always goes to the nearest one left."""
+    size = cost.shape[0]
+    order = np.empty(size, dtype=np.int64)
+    order[0] = start
+    is_left = np.ones(size, dtype=bool)
+    is_left[start] = False
+    for position in range(1, size):
+        order[position] = np.where(is_left, cost[order[position - 1]], np.inf).argmin()
+        is_left[order[position]] = False
+    return order
+
+
+def two_opt(order: Order, cost: Matrix) -> Order:
+    """Reverses segments of a path while that shortens it (Croes 1958), with open ends."""
+    order = order.copy()
+    size = order.size
+    for _ in range(_MAX_PASSES):
+        improved = False
+        for i in range(size - 1):
+            # reversing order[i..j] replaces the edges (i-1, i) and (j, j+1); an end of the path has no edge
+            ends = np.arange(i + 1, size)
+            after = order[np.minimum(ends + 1, size - 1)]
+            has_after = ends + 1 < size
+            gain = np.where(has_after, cost[order[ends], after] - cost[order[i], after], 0.0)
+            if i > 0:
+                before = order[i - 1]
+                gain = gain + cost[before, order[i]] - cost[before, order[ends]]
+            best = int(gain.argmax())
+            if gain[best] > 1e-12:
+                order[i : ends[best] + 1] = order[i : ends[best] + 1][::-1].copy()
+                improved = True
+        if not improved:
+            break
+    return order
+
+
+def path_cost(order: Order, cost: Matrix) -> float:
+    """Sum of the costs between neighbours."""
+    return float(cost[order[:-1], order[1:]].sum())
