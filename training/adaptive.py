@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from training.adapters import Allocation, allocate, inject_adapters, save_adapters
 from training.config import TrainingConfig
 from training.gating import Gating, mixers_of, set_fixed_masks
+from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
+from training.observation import ScanOrders
 from training.phases import Phase
-from training.scan_order import VariableScanOptimizer
-from training.sparsity import layer_costs
+from training.sparsity import masking_statistics
 from yunmin.axes import PROJECTIONS, layer_prefix
-from yunmin.errors import TrainingError
+from yunmin.errors import ConfigError, TrainingError
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, adapter_folders
 from yunmin.trained import inject_adapter, set_fixed_gates
 
-_OBSERVED_POSITIONS = 256  # per step and layer: enough for a correlation over many steps, and cheap
 _PROBED_FROM = 0.8  # importance is measured in the last fifth of its phase
-_ZERO_STEPS = 10  # a parameter whose gradient is zero for so long takes no part in the model
 _NO_DECAY = ("A_log", ".D", "bias", "norm.weight", "norm_f.weight")
 
 
@@ -59,52 +58,40 @@ class AdaptiveModel:
                 for name in PROJECTIONS
             }
         )
-        self._scans = [
-            VariableScanOptimizer(
-                inner,
-                config.scan_update_frequency,
-                start=config.scan_start,
-                mode="static" if config.scan_mode == "static" else "dynamic",
-                generator=generator,
-            )
-            for inner in model.config.d_inner
-        ]
-        self._observed: dict[int, Tensor] = {}
-        self._observed_gradients: dict[int, Tensor] = {}
-        self._steps_in_phase = 0
-        self._without_gradient: set[str] = set()
-        self._watch_gradients()
-        self._observe(self._orders_are_open)
+        self._scans = ScanOrders(model, config, generator)
+        self._scans.observe(wanted=True)
+        self._watch = GradientWatch(model, self.phase)
 
     # --- phases ---------------------------------------------------------------------------------------------------
 
     def enter(self, phase: Phase) -> list[str]:
         """Begins a phase; returns lines for the log."""
         lines: list[str] = []
-        if phase is not Phase.DENSE:
-            lines += self._solve_orders()
+        if phase is not Phase.DENSE and not (self._gating is not None and self._gating.block > 1):
+            # blocks that were learned must not change their members at the last moment
+            lines += self._order_changed(self._scans.solve())
         self.phase = phase
         match phase:
             case Phase.GATES:
                 self._gating = Gating(self.model, self.config, self.scan_order)
                 self._rebuild_probe()
-            case Phase.RECOVER:
+            case Phase.RECOVER | Phase.ADAPTERS:
+                self._scans.close()
                 lines += self._fix_gates()
-            case Phase.ADAPTERS:
-                lines += self._fix_gates() + self._add_adapters()
+                lines += self._add_adapters() if phase is Phase.ADAPTERS else []
             case _:
                 pass
-        self._observe(self._orders_are_open)
-        self._watch_gradients()
+        self._scans.observe(wanted=True)
+        self._watch = GradientWatch(self.model, phase)
         return lines
 
     def restore(self, phase: Phase, pillars: Pillars, checkpoint_folder: Path) -> None:
         """Takes up a phase where a checkpoint left it, instead of `enter`."""
         self.phase = phase
         saved = pillars.training
-        for layer, scan in enumerate(self._scans):
-            prefix = f"scan.{layer}."
-            scan.load_statistics({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
+        if phase in (Phase.RECOVER, Phase.ADAPTERS):
+            self._scans.close()
+        self._scans.load_tensors(saved)
         if phase is Phase.GATES:
             self._gating = Gating(self.model, self.config, self.scan_order)
             self._gating.load_tensors(saved)
@@ -119,8 +106,8 @@ class AdaptiveModel:
             for name, folder in adapter_folders(checkpoint_folder).items():
                 self._adapters[name] = inject_adapter(self.model, name, folder, is_trainable=True)
             self._train_only_adapters()
-        self._observe(self._orders_are_open)
-        self._watch_gradients()
+        self._scans.observe(wanted=True)
+        self._watch = GradientWatch(self.model, phase)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the phase for AdamW; gates keep a constant rate (`scheduled` is False)."""
@@ -163,28 +150,20 @@ class AdaptiveModel:
         Raises:
             TrainingError: a trainable parameter has no gradient, or a zero one for ten steps; names it.
         """
-        self._steps_in_phase += 1
         self._probe.collect()
-        self._check_gradients()
+        self._watch.check()
 
     def after_step(self) -> list[str]:
         """Moves multipliers and scan order after the optimizer's step; returns lines for the log."""
         if self._gating is not None:
             self._gating.ascend()
-        changed = [
-            layer
-            for layer, x in sorted(self._observed.items())
-            if self._scans[layer].update_permutation(x, self._observed_gradients.get(layer))
-        ]
-        self._observed.clear()
-        self._observed_gradients.clear()
-        return self._order_changed(changed)
+        return self._order_changed(self._scans.update())
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Within it, the model is in evaluation mode and its gates are without noise."""
         was_training = self.model.training
-        self._observe(False)
+        self._scans.observe(wanted=False)
         self.model.eval()
         try:
             if self._gating is None:
@@ -194,46 +173,26 @@ class AdaptiveModel:
                     yield
         finally:
             self.model.train(was_training)
-            self._observe(self._orders_are_open)
+            self._scans.observe(wanted=True)
 
     # --- what is known --------------------------------------------------------------------------------------------
 
     @property
     def scan_order(self) -> tuple[Tensor, ...]:
         """The channel at each position, per layer."""
-        return tuple(scan.get_permutation() for scan in self._scans)
+        return self._scans.orders
 
     def statistics(self) -> dict[str, float | list[float]]:
         """Masking as it stands: expected sparsity overall and by layer, keep-probabilities, contribution by layer."""
-        config, unit = self.model.config, self.config.sparsity_unit
-        if self._gating is None:
-            keep = [(gate > 0).float() for gate in self._fixed.channel_gates]
-            kept_n = [(gate > 0).float().sum() for gate in self._fixed.state_gates]
-        else:
-            keep = [gate.keep_probability().detach().cpu() for gate in self._gating.channel_gates]
-            kept_n = [torch.tensor(float(n)) for n in config.d_state]
-            if self._gating.state_gates:
-                kept_n = [gate.keep_probability().detach().cpu().sum() for gate in self._gating.state_gates]
-        full = layer_costs(
-            config,
-            [torch.tensor(float(d)) for d in config.d_inner],
-            [torch.tensor(float(n)) for n in config.d_state],
-            unit,
-        )
-        cut = [f - c for f, c in zip(full, layer_costs(config, [k.sum() for k in keep], kept_n, unit), strict=True)]
-        total = float(torch.stack(full).sum())
-        values: dict[str, float | list[float]] = {
-            "sparsity": float(torch.stack(cut).sum()) / total,
-            "layer_sparsity": [float(c / f) for c, f in zip(cut, full, strict=True)],
-            "layer_contribution": [float(c) / total for c in cut],
-            "keep_probability": [float(k.mean()) for k in keep],
-        }
         if self._gating is not None:
-            values["target"] = self._gating.targets["channels"].target
-            values["temperature"] = self._gating.temperature
-            expected = self._gating.expected_sparsity()
-            values |= {f"{kind}_sparsity": float(s.detach()) for kind, s in expected.items() if kind != "channels"}
-        return values
+            return self._gating.statistics()
+        channels, states = self._fixed.channel_gates, self._fixed.state_gates
+        return masking_statistics(
+            self.model.config,
+            [(gate > 0).float() for gate in channels],
+            [(gate > 0).float().sum() for gate in states],
+            self.config.sparsity_unit,
+        )
 
     def pillars(self) -> Pillars:
         """Everything a checkpoint keeps of the pillars."""
@@ -246,8 +205,7 @@ class AdaptiveModel:
         elif "temperature" in self._fixed.training:  # what masking ended with stays on record
             kept = ("logits.", "multipliers.", "temperature")
             training |= {n: t for n, t in self._fixed.training.items() if n.startswith(kept)}
-        for layer, scan in enumerate(self._scans):
-            training |= {f"scan.{layer}.{name}": tensor for name, tensor in scan.statistics().items()}
+        training |= self._scans.tensors()
         return Pillars(channels, states, self.scan_order, masks, training)
 
     def save_adapters(self, folder: Path) -> None:
@@ -260,37 +218,6 @@ class AdaptiveModel:
         return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
     # --- inside ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _orders_are_open(self) -> bool:
-        """Whether activations are still observed: until gates are fixed, and until a static order is solved."""
-        if self.config.scan_mode == "none" or self.phase in (Phase.RECOVER, Phase.ADAPTERS):
-            return False
-        return not all(scan.is_done for scan in self._scans)
-
-    def _observe(self, wanted: bool) -> None:
-        for layer, mixer in enumerate(mixers_of(self.model)):
-            mixer.observe = self._observer(layer) if wanted else None
-
-    def _observer(self, layer: int):  # type: ignore[no-untyped-def]  # a closure over the layer
-        def observe(x: Tensor) -> None:
-            flat = x.reshape(-1, x.shape[-1])  # (B*L, D)
-            rows = slice(None, None, max(1, flat.shape[0] // _OBSERVED_POSITIONS))
-            self._observed[layer] = flat.detach()[rows].unsqueeze(0)
-            if self.config.scan_gradient_weighted and x.requires_grad:
-
-                def keep(gradient: Tensor) -> None:
-                    self._observed_gradients[layer] = gradient.reshape(flat.shape)[rows].unsqueeze(0)
-
-                x.register_hook(keep)  # type: ignore[no-untyped-call]
-
-        return observe
-
-    def _solve_orders(self) -> list[str]:
-        """Solves from what was seen so far, unless the orders are fixed already."""
-        if not self._orders_are_open or (self._gating is not None and self._gating.block > 1):
-            return []  # blocks that were learned must not change their members at the last moment
-        return self._order_changed([layer for layer, scan in enumerate(self._scans) if scan.solve()])
 
     def _order_changed(self, layers: list[int]) -> list[str]:
         if not layers:
@@ -337,8 +264,9 @@ class AdaptiveModel:
             if self._probe.steps == 0:
                 raise TrainingError("importance was never measured: the phase before the adapters is too short")
             return self._probe.means()
-        logits = [t for name, t in sorted(self._fixed.training.items()) if name.startswith("logits.channel.")]
-        by_layer = [self._fixed.training[f"logits.channel.{layer}"] for layer in range(len(logits))]
+        if not self.config.enable_masking:
+            raise ConfigError(f"importance: {self.config.importance!r} is a measure of gates, and masking is disabled")
+        by_layer = [self._fixed.training[f"logits.channel.{layer}"] for layer in range(self.model.config.n_layers)]
         measured = [
             float((torch.sigmoid(t) if self.config.importance == "probability" else t.abs()).mean()) for t in by_layer
         ]
@@ -347,24 +275,6 @@ class AdaptiveModel:
     def _train_only_adapters(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name or ".ia3_" in name)
-
-    def _watch_gradients(self) -> None:
-        self._steps_in_phase = 0
-        self._without_gradient = {n for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def _check_gradients(self) -> None:
-        if self._steps_in_phase > _ZERO_STEPS:
-            return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:
-                raise TrainingError(f"phase {self.phase}: parameter {name!r} is trainable and has no gradient")
-            if bool(parameter.grad.any()):
-                self._without_gradient.discard(name)
-        if self._steps_in_phase == _ZERO_STEPS and self._without_gradient:
-            name = min(self._without_gradient)
-            raise TrainingError(f"phase {self.phase}: the gradient of {name!r} was zero for {_ZERO_STEPS} steps")
 
 
 def _group(name: str, parameters: dict[str, nn.Parameter], rate: float, decay: float) -> dict[str, Any]:

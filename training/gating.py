@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from training.config import TrainingConfig
 from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel
 from training.masks import element_mask, initial_mask_logits, n_of_m_mask
-from training.sparsity import SparsityTarget, best_units, kept_channels, kept_states, layer_costs, shared_counts
+from training.sparsity import (
+    SparsityTarget,
+    best_units,
+    kept_channels,
+    kept_states,
+    layer_costs,
+    masking_statistics,
+    shared_counts,
+)
 from yunmin.axes import layer_prefix
 from yunmin.errors import ConfigError
 from yunmin.gated import FixedGate, GatedMixer, MaskedLinear
@@ -118,6 +126,17 @@ class Gating:
         if self.block > 1:
             for gate, order in zip(self.channel_gates, scan_order, strict=True):
                 gate.regroup(block_of_channel(order, self.block).to(gate.logits.device))
+
+    def statistics(self) -> dict[str, float | list[float]]:
+        """Masking as it stands, with its target and temperature; see `masking_statistics`."""
+        states = [torch.tensor(float(n)) for n in self.model.config.d_state]
+        if self.state_gates:
+            states = [gate.keep_probability().detach().cpu().sum() for gate in self.state_gates]
+        channels = [gate.keep_probability().detach().cpu() for gate in self.channel_gates]
+        values = masking_statistics(self.model.config, channels, states, self.config.sparsity_unit)
+        expected = self.expected_sparsity()
+        values |= {f"{kind}_sparsity": float(s.detach()) for kind, s in expected.items() if kind != "channels"}
+        return values | {"target": self.targets["channels"].target, "temperature": self.temperature}
 
     def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
         """Channel gates, state gates and weight masks (by weight name) as they would act without noise now."""

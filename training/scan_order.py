@@ -140,11 +140,14 @@ class VariableScanOptimizer:
         }
 
     def load_statistics(self, saved: dict[str, Tensor]) -> None:
-        """Continues from `statistics()`."""
+        """Continues from `statistics()`; where only the order was kept, statistics start afresh."""
         self._order = saved["order"].clone()
-        calls, self._count, solutions = saved["counters"].tolist()
-        self._calls, self.solutions = int(calls), int(solutions)
-        self._mean, self._comoment, self._weight = (saved[k].clone() for k in ("mean", "comoment", "weight"))
+        calls, count, solutions = saved["counters"].tolist()
+        self._reset()
+        self.solutions = int(solutions)
+        if "comoment" in saved:
+            self._calls, self._count = int(calls), count
+            self._mean, self._comoment, self._weight = (saved[k].clone() for k in ("mean", "comoment", "weight"))
 
     def _accumulate(self, rows: Tensor) -> None:
         """Merges a batch's mean and co-moment into the running ones (Chan, Golub & LeVeque 1983)."""

@@ -116,3 +116,31 @@ def shared_counts(scores: Sequence[Tensor], sparsity: float, multiple: int) -> l
     widths = [score.numel() for score in scores]
     counts = [int(part.sum()) for part in torch.split(is_kept, widths)]
     return [min(width, max(1, round(count / multiple)) * multiple) for count, width in zip(counts, widths, strict=True)]
+
+
+def masking_statistics(
+    config: MambaConfig, keep: Sequence[Tensor], states: Sequence[Tensor], unit: Unit
+) -> dict[str, float | list[float]]:
+    """What masking takes away, overall and by layer.
+
+    Args:
+        config: of the model before the cut.
+        keep: per layer, the probability that each inner channel is kept (D,).
+        states: per layer, how many states are kept, scalar.
+        unit: that sparsity is counted in.
+
+    Returns:
+        `sparsity` overall; by layer `layer_sparsity` (share of the layer that goes), `layer_contribution` (that share
+        of the whole model) and the mean `keep_probability`.
+    """
+    all_states = [torch.tensor(float(n)) for n in config.d_state]
+    full = layer_costs(config, [torch.tensor(float(d)) for d in config.d_inner], all_states, unit)
+    kept = layer_costs(config, [k.sum() for k in keep], states, unit)
+    cut = [float(f - k) for f, k in zip(full, kept, strict=True)]
+    total = float(torch.stack(full).sum())
+    return {
+        "sparsity": sum(cut) / total,
+        "layer_sparsity": [c / float(f) for c, f in zip(cut, full, strict=True)],
+        "layer_contribution": [c / total for c in cut],
+        "keep_probability": [float(k.mean()) for k in keep],
+    }

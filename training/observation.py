@@ -1,0 +1,106 @@
+"""Pillar 1: the scan orders of all layers, fed with what their convolutions give while the model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from training.config import TrainingConfig
+from training.gating import mixers_of
+from training.scan_order import VariableScanOptimizer
+from yunmin.model import MambaLM
+
+_POSITIONS = 256  # observed per step and layer: enough for a correlation over many steps, and cheap
+
+
+class ScanOrders:
+    """One `VariableScanOptimizer` per layer, and the observers that feed them.
+
+    Args:
+        model: built with `GatedMixer`; gets observers while `observe(True)` is in force.
+        config: mode, start and frequency.
+        generator: source of random starts.
+    """
+
+    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator) -> None:
+        self.model = model
+        self.config = config
+        self._is_closed = config.scan_mode == "none"
+        self._seen: dict[int, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}
+        self._scans = [
+            VariableScanOptimizer(
+                inner,
+                config.scan_update_frequency,
+                start=config.scan_start,
+                mode="static" if config.scan_mode == "static" else "dynamic",
+                generator=generator,
+            )
+            for inner in model.config.d_inner
+        ]
+
+    @property
+    def orders(self) -> tuple[Tensor, ...]:
+        """The channel at each position, int64 (D,), per layer."""
+        return tuple(scan.get_permutation() for scan in self._scans)
+
+    @property
+    def are_open(self) -> bool:
+        """Whether the orders may still change: until closed, and until every static one is solved."""
+        return not self._is_closed and not all(scan.is_done for scan in self._scans)
+
+    def close(self) -> None:
+        """Keeps the orders as they are from here on."""
+        self._is_closed = True
+        self.observe(wanted=False)
+
+    def observe(self, *, wanted: bool) -> None:
+        """Attaches the observers while orders are open, or detaches them."""
+        for layer, mixer in enumerate(mixers_of(self.model)):
+            mixer.observe = self._observer(layer) if wanted and self.are_open else None
+
+    def update(self) -> list[int]:
+        """Hands the last step's activations over; returns the layers whose order changed."""
+        changed = [
+            layer
+            for layer, x in sorted(self._seen.items())
+            if self._scans[layer].update_permutation(x, self._gradients.get(layer))
+        ]
+        self._seen.clear()
+        self._gradients.clear()
+        return changed
+
+    def solve(self) -> list[int]:
+        """Solves now from what was seen so far; returns the layers whose order changed."""
+        return [layer for layer, scan in enumerate(self._scans) if scan.solve()] if self.are_open else []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: orders, and statistics while they still matter."""
+        return {
+            f"scan.{layer}.{name}": tensor
+            for layer, scan in enumerate(self._scans)
+            for name, tensor in scan.statistics().items()
+            if self.are_open or name in ("order", "counters")
+        }
+
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Continues from `tensors()`."""
+        for layer, scan in enumerate(self._scans):
+            prefix = f"scan.{layer}."
+            scan.load_statistics({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
+
+    def _observer(self, layer: int) -> Callable[[Tensor], None]:
+        def observe(x: Tensor) -> None:
+            flat = x.reshape(-1, x.shape[-1])  # (B*L, D)
+            rows = slice(None, None, max(1, flat.shape[0] // _POSITIONS))
+            self._seen[layer] = flat.detach()[rows].unsqueeze(0)  # (1, positions, D)
+            if self.config.scan_gradient_weighted and x.requires_grad:
+
+                def keep(gradient: Tensor) -> None:
+                    self._gradients[layer] = gradient.reshape(flat.shape)[rows].unsqueeze(0)
+
+                x.register_hook(keep)  # type: ignore[no-untyped-call]
+
+        return observe
