@@ -1,1 +1,1 @@
-"""Speed, memory and efficiency, measured."""
+"""Speed, memory and size, alone and against one another."""

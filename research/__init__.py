@@ -1,1 +1,1 @@
-"""Evaluation of models."""
+"""What models are worth: evaluation tasks, and later studies and reports."""

@@ -1,0 +1,59 @@
+# Every target sets up what it needs: a virtual environment with the tested versions of everything.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# the first of these that runs and is new enough makes the environment; PYTHON=... puts another one first
+PYTHON ?=
+CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint bench clean
+
+help:  ## show these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(STAMP)  ## make $(VENV) and install yunmin with its development tools
+
+quickstart: $(STAMP)  ## train, export, serve and measure a small Mamba on real text, in minutes
+	@PATH="$(abspath $(BIN)):$$PATH" python -m benchmarks.quickstart
+
+test: $(STAMP)  ## run all tests, the slow ones included
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## check format, style, types and the direction of imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+# ARTIFACT=... measures that folder alone, or against AGAINST=...
+bench: $(STAMP)  ## measure latency: the quickstart's models, or ARTIFACT=... [AGAINST=...]
+ifdef ARTIFACT
+	@$(BIN)/yunmin bench latency $(ARTIFACT) $(if $(AGAINST),--against $(AGAINST))
+else
+	@test -d quickstart_outputs/compact || $(MAKE) --no-print-directory quickstart
+	@$(BIN)/yunmin bench latency quickstart_outputs/compact --against quickstart_outputs/dense
+endif
+
+clean:  ## remove what is built here (not training_outputs/)
+	rm -rf .venv .ci-venv build dist *.egg-info quickstart_outputs benchmark_outputs
+	rm -rf .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  found=; \
+	  for python in $(CANDIDATES); do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "make: no Python >= 3.11 found; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$($$found --version)"; \
+	  $$found -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "make: $$found cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }; \
+	fi
+	@echo "installing yunmin and the tested versions of what it needs into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
