@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +16,8 @@ from yunmin.files import sha256_file, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+_REQUIRED_FILES = ("config.json", "model.safetensors")
+_READ_FILES = (*_REQUIRED_FILES, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class _Record(BaseModel):
@@ -46,7 +48,8 @@ class Parity(_Record):
 
     @property
     def relative_error(self) -> float:
-        return self.max_abs_error / self.largest_logit if self.largest_logit else math.inf
+        largest = self.largest_logit
+        return self.max_abs_error / largest if largest else (math.inf if self.max_abs_error else 0.0)
 
     @property
     def holds(self) -> bool:
@@ -86,7 +89,7 @@ def write_manifest(
 ) -> Manifest:
     """Hashes every file in the folder and writes `manifest.json` beside them."""
     files = {
-        str(path.relative_to(folder)): FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
+        path.relative_to(folder).as_posix(): FileRecord(sha256=sha256_file(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST_FILE
     }
@@ -129,6 +132,7 @@ def read_manifest(folder: str | Path, *, verify_files: bool = True) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except (ValidationError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: {_first_line(error)}") from None
+    _check_names(path, manifest)
     for name, record in manifest.files.items():
         file = folder / name
         if not file.is_file():
@@ -149,6 +153,17 @@ def load_artifact(folder: str | Path) -> tuple[Checkpoint, Manifest]:
         return load_checkpoint(folder), manifest
     except (CheckpointError, ConfigError) as error:
         raise ArtifactError(str(error)) from None
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    """Refuses names that leave the folder, and files that would be read although nothing vouches for them."""
+    for name in manifest.files:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts:
+            raise ArtifactError(f"{path}: file name {name!r} leaves the folder")
+    for name in _READ_FILES:
+        if name not in manifest.files and (name in _REQUIRED_FILES or (path.parent / name).exists()):
+            raise ArtifactError(f"{path}: expected a record of {name}, found none")
 
 
 class _VersionOnly(BaseModel):

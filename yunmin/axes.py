@@ -119,6 +119,7 @@ def take(
     if (layer is None) != (axis == "model"):
         raise ShapeError(f"axis {axis!r} needs {'no layer' if axis == 'model' else 'a layer'}, got {layer}")
     width = block_size(config, layer, axis)
+    index = index.cpu()
     if index.numel() == 0 or len(set(index.tolist())) != index.numel():
         raise ShapeError(f"{axis} index must be non-empty and without repetition, got {index.numel()} entries")
     if int(index.min()) < 0 or int(index.max()) >= width:

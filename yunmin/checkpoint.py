@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from yunmin.config import MambaConfig
+from yunmin.config import MambaConfig, eos_ids
 from yunmin.errors import CheckpointError, ConfigError
 from yunmin.files import write_json, write_safetensors
 from yunmin.model import check_tensors
@@ -69,6 +69,10 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
     Args:
         source: anything `find_checkpoint` understands.
 
+    Returns:
+        The checkpoint. Its config's end-of-text ids come from `generation_config.json` where that names any, else from
+        `config.json`, else from the tokenizer; ids beyond the tokenizer's are padding.
+
     Raises:
         ConfigError: the config has unknown or impossible values.
         CheckpointError: files are missing or damaged, or tensors do not fit the config.
@@ -110,12 +114,15 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):  # mamba_ssm's own; never both, which would load the weights twice
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, "pytorch_model.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{hub_id}: no such folder here, and the Hugging Face Hub did not give it: {reason}"
         ) from None
+    return folder
 
 
 def _with_eos(config: MambaConfig, folder: Path, tokenizer: Tokenizer | None) -> MambaConfig:
@@ -124,10 +131,13 @@ def _with_eos(config: MambaConfig, folder: Path, tokenizer: Tokenizer | None) ->
     if path.is_file():
         try:
             eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: expected a JSON object, {error}") from None
         if eos is not None:
-            config = replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+            try:
+                config = replace(config, eos_token_ids=eos_ids(eos))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
     if not config.eos_token_ids and tokenizer is not None and tokenizer.eos_id is not None:
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
     if tokenizer is not None and tokenizer.vocab_size < config.n_tokens:
@@ -142,11 +152,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index.name}: expected a weight_map, {error!r}") from None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index.name}: expected a weight_map of tensors to files, {error!r}") from None
         tensors: dict[str, Tensor] = {}
         for shard in shards:
-            if Path(shard).name != shard:
+            if not isinstance(shard, str) or shard != Path(shard).name or shard == "..":
                 raise CheckpointError(f"{index.name}: shard {shard!r} leaves the folder")
             tensors |= _read_safetensors(folder / shard)
         return tensors

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from yunmin.errors import YunminError
 
@@ -49,7 +49,10 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None) 
         command: takes the arguments after its name and returns an exit status.
         argv: those arguments; None takes the process's.
     """
-    logging.basicConfig(level=os.environ.get("YUNMIN_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
+    level = os.environ.get("YUNMIN_LOG", "WARNING").upper()
+    if level not in logging.getLevelNamesMapping():
+        return _fail(f"YUNMIN_LOG: expected one of {', '.join(logging.getLevelNamesMapping())}, found {level!r}")
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
     try:
         return command(list(sys.argv[1:] if argv is None else argv))
     except YunminError as error:
@@ -59,12 +62,22 @@ def run(command: Callable[[list[str]], int], argv: Sequence[str] | None = None) 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong in one line, without the usage, which can take a screen."""
+        self.exit(_fail(f"{message} ({self.prog} --help explains)", 2))
 
 
 def parser(prog: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """An argument parser whose help ends with examples."""
+    """An argument parser whose help ends with examples, and whose errors are one line."""
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"yunmin {prog}",
         description=description,
         epilog=epilog,

@@ -41,7 +41,7 @@ class MambaConfig:
         d_state: state size N of each layer.
         dt_rank: rank R of the step-size projection.
         d_conv: taps K of the convolution.
-        n_tokens: ids below this may be sampled; the rest of `vocab_size` is padding.
+        n_tokens: ids below this may be sampled, the rest of `vocab_size` is padding; 0 stands for all.
     """
 
     vocab_size: int
@@ -83,11 +83,21 @@ class MambaConfig:
                 _require_positive(f"{name}[{layer}]", width)
         if self.n_tokens > self.vocab_size:
             raise ConfigError(f"n_tokens must be at most vocab_size {self.vocab_size}, got {self.n_tokens}")
-        for name in ("norm_eps", "time_step_min", "time_step_max", "time_step_floor", "initializer_range"):
+        for name in (
+            "norm_eps",
+            "initializer_range",
+            *(f"time_step_{kind}" for kind in ("min", "max", "floor", "scale")),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
-        for name in ("use_bias", "use_conv_bias", "tie_word_embeddings", "residual_in_fp32"):
+        for name in (
+            "use_bias",
+            "use_conv_bias",
+            "tie_word_embeddings",
+            "residual_in_fp32",
+            "rescale_prenorm_residual",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.time_step_min > self.time_step_max:
@@ -96,9 +106,11 @@ class MambaConfig:
             raise ConfigError(
                 f"time_step_init_scheme must be 'random' or 'constant', got {self.time_step_init_scheme!r}"
             )
-        for token_id in self.eos_token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ConfigError(f"eos_token_id must be below vocab_size {self.vocab_size}, got {token_id}")
+        special = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
+        for name, token_id in [*special, *(("eos_token_id", token_id) for token_id in self.eos_token_ids)]:
+            is_id = isinstance(token_id, int) and not isinstance(token_id, bool) and 0 <= token_id < self.vocab_size
+            if not is_id and not (token_id is None and name != "eos_token_id"):
+                raise ConfigError(f"{name} must be an integer in 0..{self.vocab_size - 1}, got {token_id!r}")
 
     @property
     def n_layers(self) -> int:
@@ -238,6 +250,8 @@ def _per_layer(name: str, value: object, n_layers: int) -> tuple[int, ...]:
     if isinstance(value, list):
         if len(value) != n_layers:
             raise ConfigError(f"{name} lists {len(value)} widths for {n_layers} layers")
+        for layer, width in enumerate(value):
+            _require_positive(f"{name}[{layer}]", width)
         return tuple(value)
     _require_positive(name, value)
     assert isinstance(value, int)
@@ -250,12 +264,29 @@ def _refuse_unknown(raw: Mapping[str, Any], known: frozenset[str], where: str = 
         raise ConfigError(f"unknown key {where}{unknown[0]!r}")
 
 
-def _eos(value: object) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise ConfigError(f"eos_token_id must be an integer or a list of them, got {value!r}")
-    return tuple(ids)
+def eos_ids(value: Any) -> tuple[int, ...]:
+    """The ids of an `eos_token_id` entry, which is an integer, a list of them, or null."""
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+
+
+def _inner_width(expand: object, d_model: int) -> int:
+    is_number = isinstance(expand, int | float) and not isinstance(expand, bool) and 0 < expand < math.inf
+    if not is_number:
+        raise ConfigError(f"expand must be a positive number, got {expand!r}")
+    assert isinstance(expand, int | float)
+    return int(expand * d_model)
+
+
+def _require_mamba1(ssm_cfg: object, rms_norm: object) -> dict[str, Any]:
+    """Refuses what both formats can name and this model is not; returns `ssm_cfg`."""
+    if not isinstance(ssm_cfg, dict):
+        raise ConfigError(f"ssm_cfg must be an object, got {ssm_cfg!r}")
+    if ssm_cfg.get("layer", "Mamba1") != "Mamba1":
+        raise ConfigError(f"ssm_cfg.layer must be 'Mamba1', got {ssm_cfg['layer']!r}")
+    _refuse_unknown(ssm_cfg, _SSM_CFG, "ssm_cfg.")
+    if rms_norm is not True:
+        raise ConfigError(f"rms_norm must be true (LayerNorm is another model), got {rms_norm!r}")
+    return ssm_cfg
 
 
 _HF_FIELDS = {  # Hugging Face's key: our field, where the value is taken over as it is
@@ -284,22 +315,19 @@ def _from_hf(raw: Mapping[str, Any]) -> MambaConfig:
     _refuse_unknown(raw, _HF_KNOWN)
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act must be 'silu', got {raw['hidden_act']!r}")
-    if raw.get("rms_norm", True) is not True:
-        raise ConfigError(f"rms_norm must be true, got {raw['rms_norm']!r}")
-    if raw.get("ssm_cfg", {}).get("layer", "Mamba1") != "Mamba1":
-        raise ConfigError(f"ssm_cfg.layer must be 'Mamba1', got {raw['ssm_cfg']['layer']!r}")
+    _require_mamba1(raw.get("ssm_cfg", {}), raw.get("rms_norm", True))
     # absent keys have transformers' defaults, since `save_pretrained` writes only what differs from them
     d_model, n_layers = raw.get("hidden_size", 768), raw.get("num_hidden_layers", 32)
     _require_positive("hidden_size", d_model)
     _require_positive("num_hidden_layers", n_layers)
-    expand = raw.get("expand", 2)
-    if isinstance(expand, bool) or not isinstance(expand, int | float) or expand <= 0:
-        raise ConfigError(f"expand must be a positive number, got {expand!r}")
-    d_inner = _per_layer("intermediate_size", raw.get("intermediate_size", int(expand * d_model)), n_layers)
+    inner = _inner_width(raw.get("expand", 2), d_model)
+    d_inner = _per_layer("intermediate_size", raw.get("intermediate_size", inner), n_layers)
     values = {"hidden_size": d_model, "num_hidden_layers": n_layers, "intermediate_size": d_inner[0]}
     for alias, name in _HF_ALIASES.items():
         if alias in raw and len(set(d_inner)) == 1 and raw[alias] != values[name]:
             raise ConfigError(f"{alias} is {raw[alias]!r} and {name} is {values[name]!r}; expected the same")
+    if "n_tokens" in raw:
+        _require_positive("n_tokens", raw["n_tokens"])
     taken = {ours: raw[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in raw}
     return MambaConfig(
         **{"vocab_size": 50280, "pad_token_id": 0, "bos_token_id": 0, **taken},
@@ -307,20 +335,13 @@ def _from_hf(raw: Mapping[str, Any]) -> MambaConfig:
         d_inner=d_inner,
         d_state=_per_layer("state_size", raw.get("state_size", 16), n_layers),
         dt_rank=_resolve_dt_rank(raw.get("time_step_rank", "auto"), d_model),
-        eos_token_ids=_eos(raw.get("eos_token_id", 0)),
+        eos_token_ids=eos_ids(raw.get("eos_token_id", 0)),
     )
 
 
 def _from_mamba_ssm(raw: Mapping[str, Any]) -> MambaConfig:
     _refuse_unknown(raw, _SSM_TOP)
-    ssm = raw.get("ssm_cfg", {})
-    if not isinstance(ssm, dict):
-        raise ConfigError(f"ssm_cfg must be an object, got {ssm!r}")
-    if ssm.get("layer", "Mamba1") != "Mamba1":
-        raise ConfigError(f"ssm_cfg.layer must be 'Mamba1', got {ssm['layer']!r}")
-    _refuse_unknown(ssm, _SSM_CFG, "ssm_cfg.")
-    if raw.get("rms_norm", True) is not True:
-        raise ConfigError(f"rms_norm must be true, got {raw['rms_norm']!r}")
+    ssm = _require_mamba1(raw.get("ssm_cfg", {}), raw.get("rms_norm", True))
     if raw.get("d_intermediate", 0) != 0:
         raise ConfigError(f"d_intermediate must be 0 (no MLP blocks), got {raw['d_intermediate']!r}")
     if raw.get("attn_layer_idx"):
@@ -332,14 +353,14 @@ def _from_mamba_ssm(raw: Mapping[str, Any]) -> MambaConfig:
     names = {"dt_min": "time_step_min", "dt_max": "time_step_max", "dt_init": "time_step_init_scheme"}
     names |= {"dt_scale": "time_step_scale", "dt_init_floor": "time_step_floor", "d_conv": "d_conv"}
     names |= {"conv_bias": "use_conv_bias", "bias": "use_bias"}
-    return MambaConfig.create(
+    d_model, n_layers = raw["d_model"], raw["n_layer"]
+    return MambaConfig(
         vocab_size=math.ceil(raw["vocab_size"] / multiple) * multiple,
         n_tokens=raw["vocab_size"],
-        d_model=raw["d_model"],
-        n_layers=raw["n_layer"],
-        expand=ssm.get("expand", 2),
-        d_state=ssm.get("d_state", 16),
-        dt_rank=ssm.get("dt_rank", "auto"),
+        d_model=d_model,
+        d_inner=(_inner_width(ssm.get("expand", 2), d_model),) * n_layers,
+        d_state=(ssm.get("d_state", 16),) * n_layers,
+        dt_rank=_resolve_dt_rank(ssm.get("dt_rank", "auto"), d_model),
         tie_word_embeddings=raw.get("tie_embeddings", True),
         residual_in_fp32=raw.get("residual_in_fp32", True),
         rescale_prenorm_residual=True,  # what mamba_ssm's own initialization does

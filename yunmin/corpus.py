@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,9 @@ from yunmin.errors import DataError, MissingExtraError
 
 _TEXT_SUFFIXES = frozenset({".md", ".py", ".rst", ".text", ".txt"})
 # tests and tables that no one would want a language model to continue
-_STDLIB_SKIPPED = frozenset({"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "pydoc_data"})
+_STDLIB_SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "pydoc_data"}
+)
 _FEW_DOCUMENTS = 20
 
 
@@ -58,7 +61,7 @@ def read_documents(source: str) -> list[Document]:
 def split_documents(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
     """Splits into training and held-out documents that never overlap.
 
-    Every n-th document is held out; where there are few, the end of each, cut at a line.
+    Documents are held out at equal distances; where there are few, the end of each, cut at a line.
 
     Args:
         documents: distinct, in a fixed order.
@@ -69,11 +72,14 @@ def split_documents(documents: Sequence[Document], held_out: float) -> tuple[lis
     """
     if not 0 < held_out < 1:
         raise DataError(f"the held-out share must lie between 0 and 1, got {held_out}")
-    if len(documents) >= _FEW_DOCUMENTS:
-        every = max(2, round(1 / held_out))
-        kept = [d for i, d in enumerate(documents) if i % every != every - 1]
-        return kept, [d for i, d in enumerate(documents) if i % every == every - 1]
-    training, validation = [], []
+    training: list[Document] = []
+    validation: list[Document] = []
+    if len(documents) >= _FEW_DOCUMENTS and int(len(documents) * held_out) >= 1:
+        for i, document in enumerate(documents):
+            # whenever the share of the documents so far reaches one more
+            is_held_out = int((i + 1) * held_out) > int(i * held_out)
+            (validation if is_held_out else training).append(document)
+        return training, validation
     for document in documents:
         cut = int(len(document.text) * (1 - held_out))
         cut = document.text.rfind("\n", 0, cut) + 1 or cut
@@ -94,16 +100,11 @@ def _stdlib_documents() -> list[Document]:
 
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not _STDLIB_SKIPPED & set(p.relative_to(root).parts))
-    sources = [p.read_text(encoding="utf-8", errors="strict") for p in files if _is_utf8(p)]
+    sources = []
+    for path in files:
+        with contextlib.suppress(UnicodeDecodeError):  # a few declare another encoding
+            sources.append(path.read_text(encoding="utf-8"))
     return [Document(text) for text in [*sources, *(topics[name] for name in sorted(topics))]]
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _read_file(path: Path) -> list[Document]:
@@ -124,11 +125,18 @@ def _read_record(path: Path, number: int, line: str) -> Document:
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{number}: expected a JSON object, {error.msg}") from None
     fields = record if isinstance(record, dict) else {}
-    if isinstance(fields.get("text"), str):
-        return Document(fields["text"])
-    if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
-        return Document(fields["completion"], fields["prompt"])
-    raise DataError(f"{path}:{number}: expected the string 'text', or 'prompt' and 'completion'")
+    match fields:
+        case {"text": str(text)}:
+            document = Document(text)
+        case {"prompt": str(prompt), "completion": str(completion)}:
+            document = Document(completion, prompt)
+        case _:
+            raise DataError(f"{path}:{number}: expected the string 'text', or 'prompt' and 'completion'")
+    try:
+        (document.prompt + document.text).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}:{number}: expected Unicode text, {error.reason}") from None
+    return document
 
 
 def _hub_documents(name: str) -> list[Document]:

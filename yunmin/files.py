@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,32 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
 
     Args:
         target: the folder's final path.
-        replace: whether an existing folder of that name gives way; else the rename fails.
+        replace: whether an existing folder of that name gives way. Should the process be killed between the two
+            renames, the old one survives beside it as `.NAME.*.old`.
 
     Yields:
         A temporary folder beside the target; removed if the block raises.
+
+    Raises:
+        OSError: something of that name is there and `replace` is false (an empty folder may be there).
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside = _beside(target)
+    aside.mkdir()
     try:
-        aside.chmod(0o755)  # mkdtemp's own mode would hide the result from other users
         yield aside
         for path in sorted(aside.rglob("*"), reverse=True):
             _fsync(path)
         _fsync(aside)
         if replace and target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(retired / "old")
-            aside.rename(target)
+            retired = aside.with_suffix(".old")
+            target.rename(retired)
+            try:
+                aside.rename(target)
+            except BaseException:
+                retired.rename(target)
+                raise
             shutil.rmtree(retired)
         else:
             aside.rename(target)
@@ -54,12 +62,12 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     """A file path to write that takes its final name only when the block ends without an error."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    aside = Path(name)
+    aside = _beside(target)
+    aside.touch(exist_ok=False)
+    mode = aside.stat().st_mode  # as the umask wants it, whatever the block's writer makes of it
     try:
         yield aside
-        aside.chmod(0o644)
+        aside.chmod(mode)
         _fsync(aside)
         aside.rename(target)
         _fsync(target.parent)
@@ -84,6 +92,11 @@ def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _beside(target: Path) -> Path:
+    """A name nobody uses in the target's folder, so that a rename to the target is atomic."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}")
 
 
 def _fsync(path: Path) -> None:

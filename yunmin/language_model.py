@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class LanguageModel:
 
     def step(self, token_id: int, state: MambaState) -> tuple[Tensor, MambaState]:
         """One more token of one sequence: logits (V,) and the next state."""
-        logits, state = self.runtime.step([token_id], state)
+        logits, state = self.runtime.step(self.encode([token_id]), state)
         return logits[0], state
 
     def snapshot(self, prompt: Prompt, after: Snapshot | None = None) -> Snapshot:
@@ -123,7 +123,8 @@ class LanguageModel:
         Raises:
             StateError: the file is missing, damaged or another model's.
         """
-        return load_snapshot(path, self.config, self.fingerprint)
+        snapshot = load_snapshot(path, self.config, self.fingerprint)
+        return replace(snapshot, state=snapshot.state.to(self.model.device))
 
     def _start(self, prompt: Prompt | Snapshot, params: dict[str, Any]) -> tuple[Generation, Snapshot]:
         sampling = sampling_params_from(params)
@@ -141,7 +142,8 @@ class LanguageModel:
             if piece.finish_reason is not None:
                 return
             assert piece.token_id is not None
-            logits, state = self.step(piece.token_id, state)
+            batch_logits, state = self.runtime.step([piece.token_id], state)
+            logits = batch_logits[0]
 
 
 def load(source: str | Path, *, device: str = "auto") -> LanguageModel:

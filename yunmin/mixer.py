@@ -65,7 +65,10 @@ class MambaMixer(nn.Module):
         A = -torch.exp(self.A_log.to(ssm_state.dtype))
         y, ssm_state = selective_scan(x, delta, A, self.gate_states(B_ssm), C_ssm, self.D, ssm_state)
         output = self.out_proj(y * F.silu(z))  # (B, L, d)
-        return output, _last_inputs(inputs, conv_state.shape[-1], lengths).to(conv_state.dtype), ssm_state
+        last_inputs = _last_inputs(inputs, conv_state.shape[-1], lengths)
+        # a copy, since a view would keep the inputs of the whole sequence alive
+        conv_state = last_inputs.to(conv_state.dtype, copy=True, memory_format=torch.contiguous_format)
+        return output, conv_state, ssm_state
 
     @torch.no_grad()
     def reset_parameters(self, config: MambaConfig, generator: torch.Generator | None) -> None:

@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from yunmin.axes import expected_shapes
 from yunmin.config import MambaConfig
@@ -147,10 +146,10 @@ class MambaLM(nn.Module):
         state = self.new_state(input_ids.shape[0])
         if attention_mask is None:
             hidden, _ = self.backbone(input_ids, state)
-            return F.linear(hidden, self.lm_head.weight)
+            return self._logits(hidden)
         packed_ids, order, lengths = _real_tokens_first(input_ids, attention_mask)
         hidden, _ = self.backbone(packed_ids, state, lengths)
-        logits = F.linear(hidden, self.lm_head.weight)  # (B, L, V), real tokens first
+        logits = self._logits(hidden)  # (B, L, V), real tokens first
         unpacked = torch.zeros_like(logits).scatter(1, order[..., None].expand_as(logits), logits)
         return unpacked.masked_fill(~attention_mask.bool()[..., None], 0.0)
 
@@ -179,18 +178,22 @@ class MambaLM(nn.Module):
         lengths = None
         if attention_mask is not None:
             input_ids, _, lengths = _real_tokens_first(input_ids, attention_mask)
-            if int(lengths.min()) == 0:
+            if bool((lengths == 0).any()):
                 raise ShapeError("prefill: a row of attention_mask has no real token")
         hidden, state = self.backbone(input_ids, state, lengths)
         if lengths is None:
             last = hidden[:, -1]  # (B, d)
         else:
             last = hidden[torch.arange(batch, device=hidden.device), lengths - 1]  # (B, d)
-        return F.linear(last, self.lm_head.weight), state
+        return self._logits(last), state
 
     def step(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token per sequence: ids (B,) and a state, not modified -> logits (B, V) and the next state."""
         return self.prefill(token_ids[:, None], state)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
 
 def check_tensors(config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +136,6 @@ def _require_int(name: str, value: object, *, low: int, high: int | None = None)
 
 
 def _require_number(name: str, value: object, low: float, high: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high:  # type: ignore[operator]  # a number by then
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # type: ignore[operator]  # a number by then; false for NaN
         raise RequestError(name, f"must be a number in {low:g}..{high:g}, got {value!r}")

@@ -30,11 +30,13 @@ from torch.nn import functional as F
 
 from yunmin.errors import ConfigError, MissingExtraError, ShapeError
 from yunmin.kernels.chunked import chunked_scan
+from yunmin.kernels.cuda import CONVOLUTION_TAPS, cuda_convolution, cuda_scan
 from yunmin.kernels.reference import reference_scan
 
 logger = logging.getLogger("yunmin.scan")
 
-BACKENDS = ("reference", "chunked", "cuda")
+_SCANS = {"reference": reference_scan, "chunked": chunked_scan, "cuda": cuda_scan}
+BACKENDS = tuple(_SCANS)
 _forced: list[str] = []
 
 
@@ -53,8 +55,10 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def choose_backend(device: torch.device) -> str:
-    """The backend for a device: the forced one, else `mamba_ssm`'s on CUDA where installed, else `chunked`.
+def choose_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend for inputs: the forced one, else `mamba_ssm`'s on CUDA where installed, else `chunked`.
+
+    `mamba_ssm` has no float64.
 
     Raises:
         ConfigError: `YUNMIN_SCAN` names an unknown backend.
@@ -67,7 +71,8 @@ def choose_backend(device: torch.device) -> str:
             raise MissingExtraError("mamba-ssm", "cuda", "the scan backend 'cuda'")
         name = forced
     else:
-        name = "cuda" if device.type == "cuda" and _cuda_kernels_installed() else "chunked"
+        fits_cuda = device.type == "cuda" and dtype != torch.float64
+        name = "cuda" if fits_cuda and _cuda_kernels_installed() else "chunked"
     _log_choice(name, device.type, bool(forced))
     return name
 
@@ -107,20 +112,18 @@ def selective_scan(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ShapeError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    backend = choose_backend(u.device)
-    if backend == "cuda":
-        from yunmin.kernels.cuda import cuda_scan
-
-        return cuda_scan(u, delta, A, B_ssm, C_ssm, D_skip, state)
+    backend = choose_backend(u.device, u.dtype)
     compute = torch.float64 if u.dtype == torch.float64 else torch.float32
     arguments = [t.to(compute) for t in (u, delta, A, B_ssm, C_ssm, state)]
-    run = reference_scan if backend == "reference" else chunked_scan
-    y, last_state = run(*arguments)
+    with torch.autocast(u.device.type, enabled=False):
+        y, last_state = _SCANS[backend](*arguments)
     return (y + D_skip.to(compute) * arguments[0]).to(u.dtype), last_state
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution followed by SiLU, continuing from carried inputs.
+
+    Runs in `causal_conv1d`'s kernel where the scan's backend is `cuda` and the kernel has that many taps.
 
     Args:
         x: inputs (B, L, D).
@@ -132,11 +135,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor)
         Outputs (B, L, D), and all inputs seen (B, K-1+L, D), from which the next state is taken.
     """
     inputs = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)  # (B, K-1+L, D)
-    if choose_backend(x.device) == "cuda":
-        from yunmin.kernels.cuda import cuda_convolution
-
-        return cuda_convolution(inputs, weight, bias), inputs
     length, taps = x.shape[1], weight.shape[1]
+    if taps in CONVOLUTION_TAPS and x.numel() > 0 and choose_backend(x.device, x.dtype) == "cuda":
+        return cuda_convolution(inputs, weight, bias), inputs
     total = inputs[:, :length] * weight[:, 0]
     for tap in range(1, taps):
         total = torch.addcmul(total, inputs[:, tap : tap + length], weight[:, tap])

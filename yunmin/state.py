@@ -5,8 +5,7 @@ A `MambaState` is what the network carries; a `Snapshot` is what is needed to go
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +62,10 @@ class MambaState:
     def copy(self) -> MambaState:
         return self._map(Tensor.clone)
 
+    def to(self, device: torch.device | str) -> MambaState:
+        """This state on a device."""
+        return self._map(lambda t: t.to(device))
+
     def gather(self, rows: Sequence[int]) -> MambaState:
         """Copies rows of the batch, in the order given; a row may repeat (a fork)."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.ssm[0].device)
@@ -113,7 +116,7 @@ def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> Non
     }
     if snapshot.sampler_state is not None:
         tensors["sampler_state"] = snapshot.sampler_state
-    metadata = {"format": _FORMAT, "fingerprint": fingerprint, "tokens": json.dumps(len(snapshot.token_ids))}
+    metadata = {"format": _FORMAT, "fingerprint": fingerprint, "tokens": str(len(snapshot.token_ids))}
     write_safetensors(path, tensors, metadata)
 
 
@@ -129,23 +132,14 @@ def load_snapshot(path: str | Path, config: MambaConfig, fingerprint: str) -> Sn
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except FileNotFoundError:
         raise StateError(f"{path}: expected a saved state, found no such file") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise StateError(f"{path}: expected a saved state, the file is damaged ({error})") from None
     if metadata.get("format") != _FORMAT:
         raise StateError(f"{path}: expected format {_FORMAT!r}, found {metadata.get('format')!r}")
     if metadata.get("fingerprint") != fingerprint:
         found = str(metadata.get("fingerprint"))[:12]
         raise StateError(f"{path}: belongs to another model: expected {fingerprint[:12]}, found {found}")
-    empty = MambaState.zeros(config, 1, device="meta")
-    expected = {f"conv.{i}": t.shape for i, t in enumerate(empty.conv)}
-    expected |= {f"ssm.{i}": t.shape for i, t in enumerate(empty.ssm)}
-    expected["logits"] = torch.Size([config.vocab_size])
-    for name, shape in expected.items():
-        if name not in tensors or tensors[name].shape != shape:
-            found = str(tuple(tensors[name].shape)) if name in tensors else "nothing"
-            raise StateError(f"{path}: tensor {name!r}: expected shape {tuple(shape)}, found {found}")
-    if "token_ids" not in tensors:
-        raise StateError(f"{path}: tensor 'token_ids' is missing")
+    _check_snapshot(path, config, tensors)
     layers = range(config.n_layers)
     return Snapshot(
         MambaState(tuple(tensors[f"conv.{i}"] for i in layers), tuple(tensors[f"ssm.{i}"] for i in layers)),
@@ -153,3 +147,25 @@ def load_snapshot(path: str | Path, config: MambaConfig, fingerprint: str) -> Sn
         tuple(tensors["token_ids"].tolist()),
         tensors.get("sampler_state"),
     )
+
+
+def _check_snapshot(path: str | Path, config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:
+    empty = MambaState.zeros(config, 1, device="meta")
+    expected = {f"conv.{i}": t.shape for i, t in enumerate(empty.conv)}
+    expected |= {f"ssm.{i}": t.shape for i, t in enumerate(empty.ssm)}
+    expected["logits"] = torch.Size([config.vocab_size])
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+            found = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise StateError(f"{path}: tensor {name!r}: expected floats of shape {tuple(shape)}, found {found}")
+    token_ids = tensors.get("token_ids")
+    if token_ids is None or token_ids.dtype != torch.int64 or token_ids.dim() != 1:
+        raise StateError(f"{path}: tensor 'token_ids': expected int64 ids")
+    if any(not 0 <= token_id < config.n_tokens for token_id in token_ids.tolist()):
+        raise StateError(f"{path}: tensor 'token_ids': ids must lie in 0..{config.n_tokens - 1}")
+    if "sampler_state" in tensors:
+        try:
+            torch.Generator().set_state(tensors["sampler_state"])
+        except (RuntimeError, TypeError):
+            raise StateError(f"{path}: tensor 'sampler_state' is no state of a torch generator") from None

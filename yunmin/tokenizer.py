@@ -28,6 +28,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, eos_token: str | None = END_OF_TEXT) -> None:
         self.backend = backend
         self.eos_id: int | None = backend.token_to_id(eos_token) if eos_token else None
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
@@ -72,8 +74,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids known to the tokenizer, added tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id, added tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -84,6 +86,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out, incomplete characters become U+FFFD."""
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
+
+    def is_shown(self, token_id: int) -> bool:
+        """Whether `decode` reads an id at all: it passes over special tokens and ids without a token."""
+        return token_id not in self._special_ids and self.backend.id_to_token(token_id) is not None
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and what `transformers` needs beside it."""
@@ -113,4 +119,7 @@ def _configured_eos(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: expected JSON, {error}") from None
     eos = settings.get("eos_token") if isinstance(settings, dict) else None
-    return eos.get("content") if isinstance(eos, dict) else eos
+    content = eos.get("content") if isinstance(eos, dict) else eos
+    if content is not None and not isinstance(content, str):
+        raise TokenizerError(f"{path}: expected eos_token to be a string, found {content!r}")
+    return content

@@ -37,11 +37,13 @@ def main(argv: list[str]) -> int:
     options = arguments.parse_args(argv)
 
     from yunmin.language_model import load
+    from yunmin.sampling import sampling_params_from
 
     text_or_ids = _prompt(options.prompt, options.prompt_file, options.token_ids)
-    model = load(options.model, device=options.device)
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
     params = {name: getattr(options, name) for name in names}
+    sampling_params_from(params)  # refuses what is impossible before a model is loaded
+    model = load(options.model, device=options.device)
     if options.json:
         completion = model.generate(text_or_ids, **params)
         print_json(
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> int:
         )
         return 0
     for piece in model.stream(text_or_ids, **params):
-        shown = piece.text if model.tokenizer else f"{piece.token_id} "
+        shown = piece.text if model.tokenizer or piece.token_id is None else f"{piece.token_id} "
         print(shown, end="", flush=True)
     print()
     return 0
