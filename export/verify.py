@@ -24,6 +24,11 @@ from yunmin.model import MambaLM
 from yunmin.tokenizer import Tokenizer
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10, "stepwise": 1e-4}
+_REFERENCES = {
+    "float32": "the trained model's",
+    "float64": "the trained model's",
+    "stepwise": "its own over whole sequences when it steps",
+}
 _LENGTHS = (96, 61, 33, 7)  # unequal, and no multiples of a kernel's block
 _CHARACTERS_PER_TOKEN = 16  # more than any tokenizer needs, so that not a whole book is tokenized
 _STEPS = 6
@@ -113,30 +118,30 @@ def logits_by_steps(model: MambaLM, probe: Probe) -> tuple[Tensor, Tensor]:
     return torch.stack(stepped, dim=1), torch.stack(whole)
 
 
-def require_parity(what: str, exported: Tensor, trained: Tensor) -> Parity:
+def require_parity(what: str, exported: Tensor, expected: Tensor) -> Parity:
     """Compares logits.
 
     Args:
         what: a key of `TOLERANCES`.
         exported: (..., V).
-        trained: of the same shape and dtype.
+        expected: of the same shape and dtype.
 
     Raises:
         VerificationError: the difference exceeds the tolerance, or a logit is not finite.
     """
     tolerance = TOLERANCES[what]
-    if not bool(trained.isfinite().all()):
-        raise VerificationError(f"{what}: the trained model's logits are not finite, so nothing can be compared")
-    largest = float(trained.abs().max())
+    if not bool(expected.isfinite().all()):
+        raise VerificationError(f"{what}: the expected logits are not all finite, so nothing can be compared")
+    largest = float(expected.abs().max())
     parity = Parity(
-        max_abs_error=float((exported - trained).abs().max()),
+        max_abs_error=float((exported - expected).abs().max()),
         largest_logit=largest,
         tolerance=tolerance,
-        tokens=trained.shape[:-1].numel(),
+        tokens=expected.shape[:-1].numel(),
     )
     if not parity.holds:
         raise VerificationError(
-            f"{what}: the exported model's logits differ from the trained model's by {parity.max_abs_error:.3g}, "
+            f"{what}: the exported model's logits differ from {_REFERENCES[what]} by {parity.max_abs_error:.3g}, "
             f"expected at most {tolerance:g} of the largest logit {largest:.4g}; nothing was written"
         )
     return parity

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from yunmin.cli import parser, print_json
+
+_CLAIMS = {
+    "float64": "trained model, both in fp64",
+    "float32": "trained model, as written",
+    "stepwise": "own whole sequences, by steps",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -16,38 +25,49 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     options = arguments.parse_args(argv)
 
-    from yunmin.artifact import Manifest, load_artifact
+    from yunmin.artifact import load_artifact
 
     checkpoint, manifest = load_artifact(options.artifact)
     if options.json:
-        print_json(manifest.model_dump())
+        print_json({"artifact": options.artifact, **manifest.model_dump()})
         return 0
     config = checkpoint.config
     print(
         f"{options.artifact}: Mamba-1, {config.n_layers} layers, width {config.d_model}, vocabulary {config.n_tokens}"
     )
-    for name, value in manifest.provenance.items():
-        print(f"  {name:<12} {value}")
-    print("\n  verified     every file matches its sha256")
-
-    def table(record: Manifest) -> None:
-        print(f"\n  {'':<22} {'before':>15} {'after':>15} {'ratio':>7}")
-        for key, before in record.before.items():
-            after = record.after[key]
-            print(f"  {key.replace('_', ' '):<22} {before:>15,} {after:>15,} {after / before:>7.3f}")
-
-    table(manifest)
-    print("\n  layer   inner channels        states")
+    print(f"format {manifest.format_version}, quantization {manifest.quantization}, every file matches its sha256")
+    print("\nprovenance")
+    for name, value in _flattened(manifest.provenance):
+        print(f"  {name:<34} {value}")
+    print(f"\n{'size':<24} {'before':>17} {'after':>17} {'ratio':>7}")
+    for key, before in manifest.before.items():
+        after = manifest.after[key]
+        print(f"  {key.replace('_', ' '):<22} {before:>17,} {after:>17,} {after / before:>7.3f}")
+    print("\nlayer     inner channels           states")
     for layer, cut in enumerate(manifest.cuts):
         inner, states = (f"{cut[f'{k}_after']} of {cut[f'{k}_before']}" for k in ("d_inner", "d_state"))
-        print(f"  {layer:>5} {inner:>16} {states:>13}")
-    print("\n  parity with the trained model, on real text")
-    for precision, parity in manifest.parity.items():
+        print(f"{layer:>5} {inner:>18} {states:>16}")
+    print(f"\n{'logits equal those of the':<32} {'error / largest':>15} {'limit':>8} {'largest':>10} {'positions':>9}")
+    for name, parity in manifest.parity.items():
         print(
-            f"  {precision:<9} error {parity.max_abs_error:.3g} of logits up to {parity.largest_logit:.4g}: "
-            f"{parity.relative_error:.2e}, limit {parity.tolerance:g}, {parity.tokens} tokens"
+            f"  {_CLAIMS.get(name, name):<30} {parity.relative_error:>15.2e} {parity.tolerance:>8.0e} "
+            f"{parity.largest_logit:>10.4g} {parity.tokens:>9}"
         )
-    print("\n  files")
+    print("\nfiles")
     for name, file in manifest.files.items():
-        print(f"  {name:<26} {file.bytes:>12,} bytes  sha256 {file.sha256}")
+        print(f"  {name:<24} {file.bytes:>14,} bytes  {file.sha256}")
     return 0
+
+
+def _flattened(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as lines: `gates.zero`, `adapters.0.kind`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield name, str(value)
+    elif not value:
+        yield name, "none"
+    elif isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        yield name, ", ".join(map(str, value))
+    else:
+        for key, item in items:
+            yield from _flattened(item, f"{name}.{key}" if name else str(key))
