@@ -38,7 +38,11 @@ class Worker:
         command = [sys.executable, "-m", "benchmarks.worker", source, "--device", device]
         command += [] if threads is None else ["--threads", str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.model = self._read()
+        try:
+            self.model = self._read()
+        except BaseException:
+            self.kill()
+            raise
 
     def measure(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         """One request, as `benchmarks.worker.Measurement`."""
@@ -61,6 +65,10 @@ class Worker:
         """Ends the process whatever it does; harmless once it has ended."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # what was still to be written to a dead process
+                pipe.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -52,10 +52,21 @@ def comparison_row(name: str, values: Sequence[float | None], form: Callable[[fl
     return row
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The ends of paths, as long as it takes to tell them apart."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*part[-count:])) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return list(paths)
+
+
 def latency_table(result: dict[str, Any]) -> str:
     """The result of `benchmarks.latency.measure_models` as a table, with the machine below it."""
     models = result["models"]
-    columns = ["", *(model["source"] for model in models)] + (["ratio"] if len(models) == 2 else [])
+    names = short_names([model["source"] for model in models])
+    columns = ["", *names] + (["ratio"] if len(models) == 2 else [])
     rows = []
     for label, key in _SIZES:
         values = [model.get(key) for model in models]
@@ -91,16 +102,17 @@ def plot_latency(result: dict[str, Any], path: Path) -> None:
     figure, (prefill, decode, steps) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     positions = range(len(lengths))
     width = 0.8 / len(result["models"])
-    for index, model in enumerate(result["models"]):
+    names = short_names([model["source"] for model in result["models"]])
+    for index, (name, model) in enumerate(zip(names, result["models"], strict=True)):
         for axes, key in ((prefill, "prefill_tokens_per_s"), (decode, "decode_tokens_per_s")):
             heights = [model["summary"][str(length)][key] for length in lengths]
             left = [position + index * width for position in positions]
-            axes.bar(left, heights, width, label=model["source"], align="edge")
+            axes.bar(left, heights, width, label=name, align="edge")
         milliseconds = sorted(
             1e3 * step for runs in model["samples"].values() for sample in runs for step in sample["step_s"]
         )
         shares = [(rank + 1) / len(milliseconds) for rank in range(len(milliseconds))]
-        steps.plot(milliseconds, shares, label=model["source"])
+        steps.plot(milliseconds, shares, label=name)
     for axes, title in ((prefill, "Prefill"), (decode, "Decode")):
         axes.set(title=title, xlabel="prompt tokens", ylabel="tokens per second")
         axes.set_xticks([position + 0.4 for position in positions], [str(length) for length in lengths])
