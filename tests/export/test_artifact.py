@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 import yunmin
 from export import pipeline, write
+from export.fold import fold_gates
 from export.pipeline import export
 from tests.export.fixtures import (
     TEXT,
@@ -31,6 +33,7 @@ from tests.export.fixtures import (
     write_trained_run,
 )
 from yunmin.artifact import load_artifact
+from yunmin.checkpoint import write_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.cost import cost_of
 from yunmin.errors import ArtifactError, CheckpointError, VerificationError
@@ -206,13 +209,11 @@ def _spoiled(tensors: dict[str, torch.Tensor], amount: float) -> dict[str, torch
 def test_wrong_mathematics_is_noticed_in_float64_and_not_written(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = pipeline.fold_gates
-
-    def fold_gates(*arguments: Any) -> tuple[MambaConfig, dict[str, torch.Tensor]]:
-        config, tensors = original(*arguments)
+    def wrong_fold(*arguments: Any) -> tuple[MambaConfig, dict[str, torch.Tensor]]:
+        config, tensors = fold_gates(*arguments)
         return config, _spoiled(tensors, 1e-7)  # far below what float32 could tell
 
-    monkeypatch.setattr(pipeline, "fold_gates", fold_gates)
+    monkeypatch.setattr(pipeline, "fold_gates", wrong_fold)
     with pytest.raises(VerificationError, match=r"^float64: the exported model's logits differ"):
         export(run_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -221,14 +222,12 @@ def test_wrong_mathematics_is_noticed_in_float64_and_not_written(
 def test_wrong_file_is_noticed_in_float32_and_leaves_the_old_artifact(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = write.write_checkpoint
-
-    def write_checkpoint(folder: Path, config: MambaConfig, tensors: dict[str, torch.Tensor]) -> None:
-        original(folder, config, _spoiled(tensors, 0.1))
+    def wrong_write(folder: Path, config: MambaConfig, tensors: dict[str, torch.Tensor]) -> None:
+        write_checkpoint(folder, config, _spoiled(tensors, 0.1))
 
     export(run_folder, tmp_path / "out")
     before = sha256_file(tmp_path / "out/manifest.json")
-    monkeypatch.setattr(write, "write_checkpoint", write_checkpoint)
+    monkeypatch.setattr(write, "write_checkpoint", wrong_write)
     with pytest.raises(VerificationError, match=r"^float32: the exported model's logits differ"):
         export(run_folder, tmp_path / "out", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -236,10 +235,10 @@ def test_wrong_file_is_noticed_in_float32_and_leaves_the_old_artifact(
 
 
 def test_full_disk_is_one_clear_error(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_checkpoint(*_: Any) -> None:
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(write, "write_checkpoint", write_checkpoint)
+    monkeypatch.setattr(write, "write_checkpoint", full)
     with pytest.raises(ArtifactError, match="out: cannot be written: No space left on device"):
         export(run_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -267,7 +266,11 @@ def test_killed_export_leaves_no_half_artifact(run_folder: Path, tmp_path: Path,
         export(sys.argv[1], sys.argv[2], force=True)
     """
     killed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), run_folder, out], check=False, capture_output=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(script), run_folder, out],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        timeout=120,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     if there_was_one:
