@@ -252,10 +252,11 @@ def test_layer_without_channels_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there_was_one", [False, True])
-def test_killed_export_leaves_no_half_artifact(run_folder: Path, tmp_path: Path, there_was_one: bool) -> None:
+def test_killed_export_leaves_no_half_artifact(tmp_path: Path, there_was_one: bool) -> None:
+    source = write_source(tmp_path / "source", small_config(), pillars=random_pillars(small_config()))
     out = tmp_path / "out"
     if there_was_one:
-        export(run_folder, out)
+        export(source, out)
         before = sha256_file(out / "manifest.json")
     script = """
         import os, signal, sys
@@ -266,7 +267,7 @@ def test_killed_export_leaves_no_half_artifact(run_folder: Path, tmp_path: Path,
         export(sys.argv[1], sys.argv[2], force=True)
     """
     killed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), run_folder, out],
+        [sys.executable, "-c", textwrap.dedent(script), source, out],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
         capture_output=True,
@@ -278,5 +279,5 @@ def test_killed_export_leaves_no_half_artifact(run_folder: Path, tmp_path: Path,
         load_artifact(out)
     else:
         assert not out.exists()
-    export(run_folder, out, force=True)  # what the dead process left aside does not stand in the way
+    export(source, out, force=True)  # what the dead process left aside does not stand in the way
     load_artifact(out)
