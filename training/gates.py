@@ -53,7 +53,7 @@ class LearnedGate(nn.Module):
         if self.estimator == "gumbel_sigmoid":
             soft = torch.sigmoid(noisy / temperature)
             hard = (soft > 0.5).to(soft.dtype)
-            values = hard + soft - soft.detach()
+            values = (soft - soft.detach()) + hard  # in this order exactly 0 or 1
         else:
             values = _stretch(torch.sigmoid(noisy / _BETA))
         self._sampled = self._spread(values)

@@ -1,0 +1,291 @@
+"""The pillars together: what each phase puts into a model, and that checkpoints hold all of it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.models import random_ids, random_model, small_config
+from training.adapters import allocate
+from training.adaptive import AdaptiveModel
+from training.config import TrainingConfig, parse_config
+from training.gating import mixers_of
+from training.gradients import GradientWatch
+from training.importance import ImportanceProbe
+from training.phases import Phase, plan_phases
+from yunmin.checkpoint import load_checkpoint, write_checkpoint
+from yunmin.errors import ConfigError, TrainingError
+from yunmin.gated import GatedMixer
+from yunmin.pillars import adapter_folders, load_pillars, save_pillars
+from yunmin.trained import load_trained
+
+
+def small_run(**options: Any) -> TrainingConfig:
+    values = {"channel_multiple": 8, "gate_block_size": 8, "scan_update_frequency": 3, "peft_dropout": 0.0}
+    return parse_config(values | {"target_state_sparsity": 0.5, "learning_rate": 3e-3} | options)
+
+
+class Run:
+    """A training loop of the least kind: one batch, all phases."""
+
+    def __init__(self, config: TrainingConfig, seed: int = 0) -> None:
+        self.config = config
+        self.model = random_model(small_config(), mixer=GatedMixer)
+        self.adaptive = AdaptiveModel(self.model, config, torch.Generator().manual_seed(seed))
+        self.ids = random_ids(self.model.config, 4, 17)
+        self.lines: list[str] = []
+
+    def phase(self, phase: Phase, steps: int = 12) -> None:
+        self.lines += self.adaptive.enter(phase)
+        groups = [{k: v for k, v in g.items() if k != "param_names"} for g in self.adaptive.parameter_groups()]
+        optimizer = torch.optim.AdamW(groups)
+        self.model.train()
+        for step in range(steps):
+            self.adaptive.before_step(step / (steps - 1))
+            logits = self.model(self.ids[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), self.ids[:, 1:].flatten()) + self.adaptive.penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            self.adaptive.after_backward()
+            optimizer.step()
+            self.lines += self.adaptive.after_step()
+
+    def logits(self) -> torch.Tensor:
+        with self.adaptive.evaluation(), torch.no_grad():
+            return self.model(self.ids)
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        write_checkpoint(folder, self.model.config, self.model.tensors())
+        save_pillars(folder, self.adaptive.pillars())
+        self.adaptive.save_adapters(folder)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"channel_gates": "block", "gate_estimator": "hard_concrete", "weight_mask": "n:m"},
+    {"weight_mask": "element", "mask_targets": ("in_proj", "x_proj"), "scan_mode": "static"},
+    {"scan_mode": "none", "uniform_widths": False, "scan_start": "random", "lora_targets": ("out_proj", "in_proj")},
+    {"enable_masking": False, "scan_gradient_weighted": True},
+    {"importance": "probability", "target_state_sparsity": 0.0, "enable_ia3": False},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_every_phase_computes_what_its_checkpoint_computes(tmp_path: Path, options: dict[str, Any]) -> None:
+    run = Run(small_run(**options))
+    for span in plan_phases(run.config, 100):
+        run.phase(span.phase)
+        run.write(tmp_path / span.phase)
+        restored, _ = load_trained(tmp_path / span.phase)
+        with torch.no_grad():
+            assert torch.equal(restored(run.ids), run.logits()), span.phase
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_restored_phase_goes_on_exactly(tmp_path: Path, phase: Phase) -> None:
+    whole = Run(small_run(weight_mask="element"))
+    for earlier in Phase:
+        whole.phase(earlier, steps=6)
+        if earlier is phase:
+            break
+    whole.write(tmp_path)
+    resumed = Run(small_run(weight_mask="element"))
+    checkpoint = load_checkpoint(tmp_path)
+    with torch.no_grad():
+        for name, tensor in resumed.model.tensors().items():
+            tensor.copy_(checkpoint.tensors[name])
+    resumed.adaptive.restore(phase, load_pillars(tmp_path, checkpoint.config), tmp_path)
+    generators = [torch.Generator().manual_seed(8) for _ in range(2)]
+    for run, generator in zip((whole, resumed), generators, strict=True):
+        run.adaptive._generator = generator
+        run.adaptive.before_step(0.5)
+        run.model.train()
+        (run.model(run.ids).square().mean() + run.adaptive.penalty()).backward()
+        run.adaptive.after_step()
+    for (name, ours), (other, theirs) in zip(
+        resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(ours, theirs), name
+    assert resumed.adaptive.trainable_parameters() == whole.adaptive.trainable_parameters()
+    again, pillars = resumed.adaptive.pillars(), whole.adaptive.pillars()
+    assert set(again.training) == set(pillars.training)
+    for name, tensor in pillars.training.items():
+        assert torch.equal(again.training[name], tensor), name
+
+
+def test_order_updates_happen_while_gates_are_learned() -> None:
+    run = Run(small_run())
+    run.phase(Phase.DENSE)
+    started = run.adaptive.scan_order
+    run.phase(Phase.GATES)
+    assert any(line.startswith("scan order updated") for line in run.lines)
+    assert not torch.equal(started[0], run.adaptive.scan_order[0])
+
+
+def test_orders_are_closed_once_gates_are_fixed() -> None:
+    run = Run(small_run())
+    for phase in (Phase.DENSE, Phase.GATES, Phase.RECOVER):
+        run.phase(phase)
+    orders = run.adaptive.scan_order
+    run.phase(Phase.ADAPTERS)
+    assert all(torch.equal(a, b) for a, b in zip(orders, run.adaptive.scan_order, strict=True))
+    assert all(mixer.observe is None for mixer in mixers_of(run.model))
+
+
+def test_only_adapters_train_in_the_last_phase() -> None:
+    run = Run(small_run())
+    for phase in (Phase.DENSE, Phase.GATES, Phase.RECOVER):
+        run.phase(phase)
+    before = {n: p.detach().clone() for n, p in run.model.tensors().items()}
+    run.phase(Phase.ADAPTERS)
+    assert all(torch.equal(before[n], p) for n, p in run.model.tensors().items())
+    moved = [p for n, p in run.model.named_parameters() if "lora_B" in n or "ia3_l" in n]
+    assert moved
+    assert all((p != 0).any() for p in moved)
+    trainable, everything = run.adaptive.trainable_parameters()
+    assert 0 < trainable < everything
+
+
+def test_decay_spares_norms_biases_and_the_recurrence() -> None:
+    run = Run(small_run())
+    plain = next(g for g in run.adaptive.parameter_groups() if g["name"] == "plain")
+    names = {n.removeprefix("backbone.layers.0.") for n in plain["param_names"] if "layers.0." in n}
+    biases = {f"mixer.{m}.bias" for m in ("in_proj", "conv1d", "dt_proj", "out_proj")}
+    assert names == biases | {"mixer.A_log", "mixer.D", "norm.weight"}
+    assert plain["weight_decay"] == 0.0
+
+
+def test_importance_of_a_projection_is_its_output_times_its_gradient() -> None:
+    model = random_model(small_config())
+    name = "backbone.layers.1.mixer.x_proj"
+    module = model.get_submodule(name)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen["output"] = output
+
+    handle = module.register_forward_hook(keep)
+    ids = random_ids(model.config, 2, 9)
+    model(ids).square().mean().backward()
+    gradient = seen["output"].grad
+    assert gradient is not None
+    expected = (seen["output"] * gradient).sum((0, 1)).abs().mean()
+    handle.remove()
+    with torch.no_grad():
+        plain = model(ids)
+    probe = ImportanceProbe({name: module})
+    probe.attach()
+    logits = model(ids)
+    assert torch.equal(logits.detach(), plain)  # multiplying by one changes no bit
+    logits.square().mean().backward()
+    probe.collect()
+    assert probe.means()[name] == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+def test_allocation_follows_importance_and_spares_masked_projections() -> None:
+    names = [f"backbone.layers.{i}.mixer.{p}" for i in range(5) for p in ("in_proj", "out_proj")]
+    scores = {name: float(10 - rank) for rank, name in enumerate(names)}
+    masked = {names[2]}
+    allocation = allocate(scores, parse_config({"lora_share": 0.2, "ia3_share": 0.3}), masked)
+    assert allocation.lora == (names[0], names[4])  # out_proj is no LoRA target, names[2] is masked
+    assert allocation.ia3 == (names[1], names[2], names[3])
+    assert allocation.frozen == tuple(names[5:])
+
+
+def test_tied_importance_is_told() -> None:
+    run = Run(small_run(importance="probability"))
+    for phase in Phase:
+        run.phase(phase)
+    assert any("scores tie" in line for line in run.lines)
+
+
+def test_a_measure_of_gates_without_masking_is_refused() -> None:
+    run = Run(small_run(importance="magnitude", enable_masking=False))
+    with pytest.raises(ConfigError, match="masking is disabled"):
+        run.adaptive.enter(Phase.ADAPTERS)
+
+
+def test_parameter_without_gradient_stops_the_run_by_name() -> None:
+    module = torch.nn.Linear(3, 3)
+    watch = GradientWatch(module, "dense")
+    module.weight.grad = torch.ones(3, 3)
+    with pytest.raises(TrainingError, match="'bias' is trainable and has no gradient"):
+        watch.check()
+
+
+def test_gradient_that_stays_zero_stops_the_run_at_the_tenth_step() -> None:
+    module = torch.nn.Linear(3, 3)
+    watch = GradientWatch(module, "adapters")
+    module.weight.grad, module.bias.grad = torch.zeros(3, 3), torch.ones(3)
+    for _ in range(9):
+        watch.check()
+    with pytest.raises(TrainingError, match="gradient of 'weight' was zero for 10 steps"):
+        watch.check()
+
+
+def test_phases_cover_all_steps_in_order() -> None:
+    config = parse_config({})
+    for total in (4, 7, 100, 1001):
+        spans = plan_phases(config, total)
+        assert [s.phase for s in spans] == list(Phase)
+        assert spans[0].start == 0
+        assert spans[-1].stop == total
+        assert all(a.stop == b.start and a.stop > a.start for a, b in itertools.pairwise(spans))
+    assert (spans[0].progress(spans[0].start), spans[0].progress(spans[0].stop - 1)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"enable_masking": False}, [Phase.DENSE, Phase.ADAPTERS]),
+        ({"enable_peft": False}, [Phase.DENSE, Phase.GATES, Phase.RECOVER]),
+        ({"enable_masking": False, "enable_peft": False}, [Phase.DENSE]),
+        ({"dense_share": 0.0, "recover_share": 0.0}, [Phase.GATES, Phase.ADAPTERS]),
+    ],
+)
+def test_disabled_pillars_have_no_phase(options: dict[str, Any], expected: list[Phase]) -> None:
+    spans = plan_phases(parse_config(options), 50)
+    assert [s.phase for s in spans] == expected
+    assert spans[-1].stop == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "total", "message"),
+    [
+        ({}, 3, "3 steps cannot hold the 4 phases"),
+        ({"gate_share": 0.0}, 100, "gate_share"),
+        ({"adapter_share": 0.0}, 100, "adapter_share"),
+        ({"dense_share": 0.0, "enable_masking": False, "enable_peft": False}, 100, "dense_share"),
+    ],
+)
+def test_impossible_plans_are_refused(options: dict[str, Any], total: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_phases(parse_config(options), total)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # two adapters are meant
+def test_adapters_load_onto_transformers_with_the_same_logits(tmp_path: Path) -> None:
+    """Where transformers lets adapters act (not dt_proj), its own loader gives the model as trained."""
+    transformers = pytest.importorskip("transformers")
+    run = Run(small_run(enable_masking=False, lora_targets=("in_proj",), lora_share=0.25, ia3_share=0.5))
+    run.phase(Phase.DENSE)
+    run.adaptive._probe.scores = torch.tensor([9.0, 5.0, 1.0, 6.0] * 2, dtype=torch.float64)  # dt_proj last
+    run.phase(Phase.ADAPTERS)
+    run.write(tmp_path)
+    folders = adapter_folders(tmp_path)
+    assert set(folders) == {"lora", "ia3"}
+    theirs = transformers.MambaForCausalLM.from_pretrained(tmp_path)
+    for name, folder in folders.items():
+        theirs.load_adapter(str(folder), adapter_name=name)
+    theirs.set_adapter(["lora", "ia3"])
+    with torch.no_grad():
+        difference = (theirs.eval()(run.ids).logits - run.logits()).abs().max()
+    assert float(difference) < 1e-4
