@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,6 +12,16 @@ from yunmin.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+
+ARCHITECTURE_KEYS = ("d_model", "n_layers", "vocab_size", "expand", "d_state", "d_conv")  # a checkpoint decides them
+RECORD_KEYS = (
+    "log_interval",
+    "validation_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "tensorboard",
+    "wandb",
+)  # change nothing that is learned, so a resumed run may change them
 
 
 class TrainingConfig(BaseModel):
@@ -24,43 +34,43 @@ class TrainingConfig(BaseModel):
     project_name: str = Field("yunmin", min_length=1, description="project in the trackers")
     run_name: str | None = Field(None, description="folder below output_dir; none makes one from the time")
     output_dir: str = Field("training_outputs", description="where run folders go")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, data order, gates and dropout")
     device: str = Field("auto", description="torch device; auto is CUDA where there is one")
 
     # the model, when it starts from scratch
-    d_model: Count = 256
-    n_layers: Count = 4
-    vocab_size: Count = 1000
-    expand: Count = 2
-    d_state: Annotated[int, Field(ge=1, le=256)] = 16
-    d_conv: Annotated[int, Field(ge=2, le=16)] = 4
+    d_model: Count = Field(256, description="width of the residual stream")
+    n_layers: Count = Field(4, description="number of layers")
+    vocab_size: Count = Field(1000, description="ids of the tokenizer, which is trained on the training documents")
+    expand: Count = Field(2, description="inner width, in multiples of d_model")
+    d_state: Annotated[int, Field(ge=1, le=256)] = Field(16, description="states per inner channel")
+    d_conv: Annotated[int, Field(ge=2, le=16)] = Field(4, description="taps of the convolution")
 
     # data
     data: tuple[str, ...] = Field(
         ("synthetic",), min_length=1, description="files, folders, JSONL, stdlib, synthetic, or Hub datasets"
     )
     validation_data: tuple[str, ...] = Field((), description="held-out sources; none splits off validation_share")
-    validation_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
+    validation_share: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(0.05, description="share of the data held out")
     validation_tokens: Annotated[int, Field(ge=2)] = Field(32768, description="tokens scored at each validation")
     max_documents: Count | None = Field(None, description="read only this many documents of each source")
-    sequence_length: Annotated[int, Field(ge=2)] = 256
+    sequence_length: Annotated[int, Field(ge=2)] = Field(256, description="tokens per packed sequence")
 
     # optimization
-    batch_size: Count = 16
-    num_epochs: Count = 10
+    batch_size: Count = Field(16, description="sequences per step")
+    num_epochs: Count = Field(10, description="passes over the data, unless max_steps is given")
     max_steps: Count | None = Field(None, description="steps in all; none takes num_epochs over the data")
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(1e-4, description="peak, of the weights")
     adapter_learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(None, description="none: learning_rate")
     min_learning_rate_share: Share = Field(0.1, description="learning rate at the end, as a share of its peak")
     warmup_share: Share = Field(0.05, description="share of steps with rising learning rate")
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.1, description="none on A_log, D, biases, norms")
+    gradient_clip: Annotated[float, Field(gt=0.0)] = Field(1.0, description="largest norm of the gradient")
 
     # phases, as shares of all steps; those of disabled pillars fall to the others in proportion
-    dense_share: Share = 0.3
-    gate_share: Share = 0.3
-    recover_share: Share = 0.2
-    adapter_share: Share = 0.2
+    dense_share: Share = Field(0.3, description="of the dense phase")
+    gate_share: Share = Field(0.3, description="of the gate phase")
+    recover_share: Share = Field(0.2, description="of recovery behind fixed gates")
+    adapter_share: Share = Field(0.2, description="of the adapter phase")
     distillation_weight: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="KL divergence from the starting checkpoint while recovering"
     )
@@ -69,50 +79,56 @@ class TrainingConfig(BaseModel):
     scan_mode: Literal["none", "static", "dynamic"] = Field(
         "dynamic", description="static solves the order once, dynamic every scan_update_frequency steps"
     )
-    scan_start: Literal["identity", "random"] = "identity"
-    scan_update_frequency: Count = 1000
+    scan_start: Literal["identity", "random"] = Field("identity", description="the first order")
+    scan_update_frequency: Count = Field(1000, description="steps between two orders")
     scan_gradient_weighted: bool = Field(False, description="weigh correlations by the channels' gradients")
 
     # pillar 2: masking
-    enable_masking: bool = True
+    enable_masking: bool = Field(True, description="learn gates, then cut")
     target_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.3, description="share of inner channels to cut")
     target_state_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of states to cut")
-    sparsity_unit: Literal["parameters", "flops", "bytes"] = "parameters"
-    channel_gates: Literal["channel", "block"] = "channel"
+    sparsity_unit: Literal["parameters", "flops", "bytes"] = Field("parameters", description="what sparsity counts")
+    channel_gates: Literal["channel", "block"] = Field("channel", description="a gate for each channel or block")
     gate_block_size: Count = Field(16, description="channels, neighbours in scan order, that share a block gate")
-    gate_estimator: Literal["gumbel_sigmoid", "hard_concrete"] = "gumbel_sigmoid"
-    masking_initial_tau: Annotated[float, Field(gt=0.0)] = 2.0
+    gate_estimator: Literal["gumbel_sigmoid", "hard_concrete"] = Field("gumbel_sigmoid", description="how gates draw")
+    masking_initial_tau: Annotated[float, Field(gt=0.0)] = Field(2.0, description="first temperature of the gates")
     masking_tau: Annotated[float, Field(gt=0.0)] = Field(0.5, description="final temperature of the gates")
-    gate_learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
-    multiplier_learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    gate_learning_rate: Annotated[float, Field(gt=0.0)] = Field(0.05, description="constant, of the gates")
+    multiplier_learning_rate: Annotated[float, Field(gt=0.0)] = Field(0.05, description="of the Lagrange multipliers")
     channel_multiple: Count = Field(64, description="kept channels per layer are a multiple of this")
     uniform_widths: bool = Field(True, description="the same widths in all layers, as transformers requires")
     weight_mask: Literal["none", "element", "n:m"] = Field(
         "none", description="zeros in the projections of mask_targets"
     )
-    mask_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = ("in_proj", "out_proj")
+    mask_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = Field(
+        ("in_proj", "out_proj"), description="projections with a weight mask"
+    )
     mask_sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.5, description="share of zeros of an element mask")
     mask_n: Count = Field(2, description="weights kept of each mask_m neighbours in scan order")
-    mask_m: Count = 4
+    mask_m: Count = Field(4, description="neighbours in a group of an N:M mask")
 
     # pillar 3: adapters
-    enable_peft: bool = True
-    enable_ia3: bool = True
-    peft_r: Count = 16
-    peft_alpha: Annotated[float, Field(gt=0.0)] = 32
-    peft_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    enable_peft: bool = Field(True, description="train adapters at the end")
+    enable_ia3: bool = Field(True, description="IA3 on projections of middle importance")
+    peft_r: Count = Field(16, description="rank of LoRA")
+    peft_alpha: Annotated[float, Field(gt=0.0)] = Field(32, description="scale of LoRA, over its rank")
+    peft_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.1, description="before LoRA")
     lora_share: Share = Field(0.4, description="share of projections, the most important ones, that get LoRA")
     ia3_share: Share = Field(0.4, description="share of projections, the next ones, that get IA3")
-    lora_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = ("in_proj", "x_proj", "dt_proj")
-    importance: Literal["gradient", "probability", "magnitude"] = "gradient"
+    lora_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = Field(
+        ("in_proj", "x_proj", "dt_proj"), description="projections that may get LoRA"
+    )
+    importance: Literal["gradient", "probability", "magnitude"] = Field(
+        "gradient", description="what ranks projections"
+    )
 
     # records
-    log_interval: Count = 10
+    log_interval: Count = Field(10, description="steps between two lines of the log")
     validation_interval: Count | None = Field(None, description="steps; none validates at the end of each phase")
     checkpoint_interval: Count | None = Field(None, description="steps; none writes one at the end of each phase")
-    keep_checkpoints: Count = 3
-    tensorboard: bool = True
-    wandb: bool = False
+    keep_checkpoints: Count = Field(3, description="newest ones that are kept")
+    tensorboard: bool = Field(True, description="write events for TensorBoard")
+    wandb: bool = Field(False, description="log to Weights & Biases; WANDB_MODE is respected")
 
     @field_validator("data", "validation_data", "mask_targets", "lora_targets", mode="before")
     @classmethod
@@ -153,6 +169,19 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] | list[str] 
             raise ConfigError(f"{key}: {text!r} is no YAML value") from None
         values[key] = _number(value)
     return parse_config(values, where=str(path) if path else "configuration")
+
+
+def describe_keys(model: type[BaseModel]) -> list[str]:
+    """One line for each key: name, default, description, and what it may be where that is a short list."""
+    lines = []
+    for name, field in model.model_fields.items():
+        default = field.get_default()
+        shown = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+        shown = shown.removesuffix("\n").removesuffix("\n...")
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        allowed = f" ({', '.join(choices)})" if choices else ""
+        lines.append(f"{name + '=' + shown:<38} {field.description}{allowed}")
+    return lines
 
 
 def parse_config(values: dict[str, Any], *, where: str = "configuration") -> TrainingConfig:

@@ -1,0 +1,176 @@
+"""What a run leaves behind besides weights: metrics.jsonl, TensorBoard, Weights & Biases, and what the screen shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import torch
+
+from training.config import TrainingConfig
+from yunmin.errors import CheckpointError, MissingExtraError
+from yunmin.files import atomic_file
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Records:
+    """The trackers of a run.
+
+    Args:
+        run: the run folder, which exists.
+        config: which trackers are wanted.
+        step: steps done before; TensorBoard drops what it has after it.
+        wandb_id: of the run to continue there.
+
+    Raises:
+        MissingExtraError: a tracker that is wanted is not installed.
+    """
+
+    def __init__(self, run: Path, config: TrainingConfig, step: int = 0, wandb_id: str | None = None) -> None:
+        self._file = (run / METRICS_FILE).open("a", encoding="utf-8")
+        self.lines = sum(1 for _ in (run / METRICS_FILE).open(encoding="utf-8"))
+        self.wandb_id: str | None = None
+        self._wandb: Any = None
+        self._board: Any = None
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError:
+                raise MissingExtraError("tensorboard", "train", "tensorboard=true") from None
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        if config.wandb:
+            try:
+                import wandb
+            except ModuleNotFoundError:
+                raise MissingExtraError("wandb", "train", "wandb=true") from None
+            self._wandb = wandb.init(
+                project=config.project_name,
+                name=run.name,
+                dir=str(run),
+                id=wandb_id,
+                resume="allow" if wandb_id else None,
+                config=config.model_dump(mode="json"),
+            )
+            self.wandb_id = self._wandb.id
+
+    def write(self, step: int, kind: str, phase: str, values: Mapping[str, Any]) -> None:
+        """Records values after a step.
+
+        Args:
+            step: steps done.
+            kind: "train", "validation" or "phase".
+            phase: the current one.
+            values: numbers, or lists of them by layer.
+        """
+        self._file.write(json.dumps({"step": step, "kind": kind, "phase": phase, **values}) + "\n")
+        self._file.flush()
+        self.lines += 1
+        numbers = dict(_flattened(values))
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes all trackers."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def truncate_metrics(run: Path, lines: int) -> None:
+    """Cuts `metrics.jsonl` to what it had when a checkpoint was written, so that no step appears twice.
+
+    Raises:
+        CheckpointError: it is shorter than that.
+    """
+    path = run / METRICS_FILE
+    kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    if len(kept) < lines:
+        raise CheckpointError(f"{path}: expected at least {lines} lines, found {len(kept)}")
+    with atomic_file(path) as aside:
+        aside.write_text("".join(kept[:lines]), encoding="utf-8")
+
+
+class Screen:
+    """Lines and a progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        total: steps of the run.
+        done: steps done before.
+        stream: where to write.
+    """
+
+    def __init__(self, total: int, done: int = 0, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._bar: Any = None
+        if self._stream.isatty():
+            try:
+                from rich.console import Console
+                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            except ModuleNotFoundError:
+                raise MissingExtraError("rich", "train", "the progress bar") from None
+            self._bar = Progress(
+                TextColumn("{task.fields[phase]:<8}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s "),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=Console(file=self._stream),
+            )
+            self._task = self._bar.add_task("", total=total, completed=done, phase="", loss=float("nan"), rate=0.0)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Shows a line of the log."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def advance(self, step: int, phase: str, loss: float, rate: float) -> None:
+        """Moves the bar, where there is one."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, phase=phase, loss=loss, rate=rate)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the device where it is CUDA, else resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _flattened(values: Mapping[str, Any]) -> list[tuple[str, float]]:
+    flat: list[tuple[str, float]] = []
+    for name, value in values.items():
+        parts = (
+            [(f"{name}/{layer}", v) for layer, v in enumerate(value)] if isinstance(value, list) else [(name, value)]
+        )
+        flat += [(part, float(v)) for part, v in parts if isinstance(v, int | float)]
+    return flat

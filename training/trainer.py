@@ -1,0 +1,435 @@
+"""The training loop: phases, steps, validation, checkpoints, and how a run is stopped and taken up again."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.adaptive import AdaptiveModel
+from training.checkpointing import Progress, checkpoints_of, prune_checkpoints, restore_state, save_checkpoint
+from training.config import TrainingConfig
+from training.data import IGNORED, BatchOrder
+from training.phases import Phase, PhaseSpan, plan_phases
+from training.records import Records, Screen, duration, peak_memory_bytes
+from training.schedule import rate_factor_in_run
+from training.start import Start
+from yunmin.checkpoint import load_checkpoint
+from yunmin.errors import TrainingError
+from yunmin.model import MambaLM
+from yunmin.perplexity import perplexity
+from yunmin.pillars import load_pillars
+
+HARD_GATES = "hard_gates"  # the validation right after the gates were made exact, before anything recovers
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a call of `Trainer.run` did.
+
+    Attributes:
+        run: the run folder.
+        checkpoint: the newest one in it.
+        steps: done in all.
+        total_steps: planned.
+        interrupted: whether a signal ended it before the last step.
+        validations: held-out perplexity by the name of the phase it ended, and at "hard_gates".
+        trainable_parameters: by phase of this call.
+        parameters: of the model, gates and adapters included, at the end.
+    """
+
+    run: Path
+    checkpoint: Path
+    steps: int
+    total_steps: int
+    interrupted: bool
+    validations: dict[str, float]
+    trainable_parameters: dict[str, int]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The parts of one step's loss, and what was learned from."""
+
+    total: float
+    cross_entropy: float
+    regularization: float
+    distillation: float
+    gradient_norm: float
+    tokens: int
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: of the run.
+        run: its folder, which exists.
+        start: model, data and tokenizer.
+        device: to train on.
+    """
+
+    def __init__(self, config: TrainingConfig, run: Path, start: Start, device: torch.device) -> None:
+        self.config = config
+        self.run_folder = run
+        self.start = start
+        self.device = device
+        self.order = BatchOrder(len(start.data.training), config.batch_size, config.seed)
+        self.total_steps = config.max_steps or config.num_epochs * self.order.batches_per_epoch
+        self.spans = plan_phases(config, self.total_steps)
+        self.data_sha256 = start.data.sha256
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.adaptive = AdaptiveModel(start.model.to(device), config, self.generator)
+        self.teacher: MambaLM | None = None
+        self.step = 0
+        self.tokens = 0
+        self.validations: dict[str, float] = {}
+        self._entered: PhaseSpan | None = None
+        self._optimizer: torch.optim.AdamW | None = None
+        self._resumed_from: Progress | None = None
+        self._checkpoint: Path | None = None
+        self._trainable: dict[str, int] = {}
+        self._stop_asked = threading.Event()
+
+    # --- taking a run up again ------------------------------------------------------------------------------------
+
+    def resume(self, checkpoint: Path, progress: Progress) -> None:
+        """Continues from a checkpoint whose weights `start` already carries.
+
+        Raises:
+            TrainingError: the data is not what it was, or the plan has another number of steps.
+            CheckpointError: files are damaged or do not fit.
+        """
+        if progress.data_sha256 != self.data_sha256:
+            raise TrainingError(f"{checkpoint}: the training data has changed since this checkpoint was written")
+        if self.order.position(progress.step) != (progress.epoch, progress.batch) or progress.step > self.total_steps:
+            raise TrainingError(f"{checkpoint}: step {progress.step} does not fit the plan of {self.total_steps} steps")
+        self.adaptive.restore(progress.phase, load_pillars(checkpoint, self.adaptive.model.config), checkpoint)
+        self.adaptive.model.to(self.device).train()
+        self._optimizer = self._new_optimizer()
+        restore_state(checkpoint, self._optimizer, self.generator, self.device)
+        self._rng_state = torch.get_rng_state()
+        self.step, self.tokens = progress.step, progress.tokens
+        self.validations = dict(progress.validations)
+        self._entered = next(span for span in self.spans if span.phase is progress.phase)
+        self._resumed_from, self._checkpoint = progress, checkpoint
+
+    # --- the run --------------------------------------------------------------------------------------------------
+
+    def run(self, records: Records, screen: Screen) -> TrainingResult:
+        """Trains to the last step, or until SIGINT or SIGTERM, which finish the step and write a checkpoint.
+
+        Raises:
+            TrainingError: the loss is not finite, or a parameter takes no part; the last checkpoint stays as it is.
+        """
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), self._signals(screen):
+            if self._resumed_from is None:
+                torch.manual_seed(self.config.seed)  # of dropout, which knows no other source
+            else:
+                torch.set_rng_state(self._rng_state)
+                self._announce_resumption(screen, self._resumed_from)
+            self._clock = _Clock()
+            while self.step < self.total_steps and not self._stop_asked.is_set():
+                span = next(span for span in self.spans if span.start <= self.step < span.stop)
+                if span != self._entered:
+                    self._enter(span, records, screen)
+                self._one_step(span, records, screen)
+        if self._checkpoint is None or self._checkpoint.name != f"checkpoint-{self.step}":
+            self._save(records, screen)
+        assert self._checkpoint is not None
+        return TrainingResult(
+            self.run_folder,
+            self._checkpoint,
+            self.step,
+            self.total_steps,
+            self.step < self.total_steps,
+            dict(self.validations),
+            dict(self._trainable),
+            self.adaptive.trainable_parameters()[1],
+        )
+
+    def _enter(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
+        before = self.adaptive.phase if self._entered is not None else None
+        lines = self.adaptive.enter(span.phase)
+        self.adaptive.model.to(self.device).train()
+        self._optimizer = self._new_optimizer(self._optimizer)
+        self._entered = span
+        trainable, everything = self.adaptive.trainable_parameters()
+        self._trainable[span.phase] = trainable
+        peak = peak_memory_bytes(self.device)
+        self._clock.skip()
+        screen.line(
+            f"phase {span.phase}: steps {span.start + 1} to {span.stop}, trains {trainable:,} of {everything:,} "
+            f"parameters ({trainable / everything:.2%}), peak memory {peak / 2**20:,.0f} MiB"
+        )
+        for line in lines:
+            screen.line(f"  {line}")
+        values = {"trainable_parameters": trainable, "parameters": everything, "peak_memory_bytes": peak}
+        records.write(self.step, "phase", span.phase, {**values, "notes": lines})
+        if before is Phase.GATES:
+            self._validate(HARD_GATES, records, screen)
+
+    def _one_step(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
+        factor = rate_factor_in_run(self.step, self.spans, self.config)
+        assert self._optimizer is not None
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * (factor if group["scheduled"] else 1.0)
+        loss = self._learn(span)
+        lines = self.adaptive.after_step()
+        self.step += 1
+        self.tokens += loss.tokens
+        self._clock.tick(loss.tokens)
+        for line in lines:
+            screen.line(f"  step {self.step}: {line}")
+        screen.advance(self.step, span.phase, loss.total, self._clock.tokens_per_second)
+        is_last = self.step == span.stop
+        if self.step % self.config.log_interval == 0 or is_last:
+            self._log(span, loss, records, screen)
+        if is_last:
+            self._validate(span.phase, records, screen)
+        elif self.config.validation_interval and self.step % self.config.validation_interval == 0:
+            self._validate(None, records, screen)
+        interval = self.config.checkpoint_interval
+        if is_last or self._stop_asked.is_set() or (interval and self.step % interval == 0):
+            self._save(records, screen)
+
+    def _learn(self, span: PhaseSpan) -> StepLoss:
+        """Forward, backward and the optimizer's step over one batch."""
+        assert self._optimizer is not None
+        adaptive, progress = self.adaptive, span.progress(self.step)
+        rows = self.order.rows(self.step)
+        inputs, labels = (t.to(self.device) for t in self.start.data.training.batch(rows))  # (B, L)
+        adaptive.before_step(progress)
+        logits = adaptive.model(inputs)  # (B, L, V)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+        penalty = adaptive.penalty()
+        distillation = self._distillation(span, inputs, labels, logits)
+        loss = cross_entropy + penalty + self.config.distillation_weight * distillation
+        if not math.isfinite(loss.item()):
+            raise self._not_finite("loss", loss.item(), rows)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = self._clip()
+        if not math.isfinite(norm):
+            raise self._not_finite("gradient", norm, rows)
+        adaptive.after_backward()
+        self._optimizer.step()
+        return StepLoss(
+            loss.item(),
+            cross_entropy.item(),
+            penalty.item(),
+            distillation.item(),
+            norm,
+            int((labels != IGNORED).sum()),
+        )
+
+    def _clip(self) -> float:
+        """Clips the weights' gradients; those of gates have a scale of their own, and are left."""
+        assert self._optimizer is not None
+        weights = [p for group in self._optimizer.param_groups if group["scheduled"] for p in group["params"]]
+        gates = [p for group in self._optimizer.param_groups if not group["scheduled"] for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.gradient_clip)
+        if gates:
+            of_gates = torch.nn.utils.get_total_norm([p.grad for p in gates if p.grad is not None])
+            return math.nan if not bool(torch.isfinite(of_gates)) else float(norm)
+        return float(norm)
+
+    def _distillation(self, span: PhaseSpan, inputs: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        """Mean KL divergence from the starting checkpoint over the tokens that are learned, while recovering."""
+        if span.phase is not Phase.RECOVER or self.config.distillation_weight == 0:
+            return torch.zeros((), device=self.device)
+        if self.teacher is None:
+            assert self.config.checkpoint is not None
+            starting = load_checkpoint(self.config.checkpoint)
+            self.teacher = MambaLM.from_tensors(starting.config, starting.tensors).to(self.device)
+        with torch.no_grad():
+            target = F.log_softmax(self.teacher(inputs).float(), dim=-1)
+        is_learned = labels != IGNORED
+        own = F.log_softmax(logits.float(), dim=-1)
+        return F.kl_div(own[is_learned], target[is_learned], reduction="batchmean", log_target=True)
+
+    # --- beside the steps -----------------------------------------------------------------------------------------
+
+    def _new_optimizer(self, before: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:
+        """An optimizer for the phase's parameters; those that had moments keep them."""
+        groups = [group for group in self.adaptive.parameter_groups() if group["params"]]
+        if not groups:
+            raise TrainingError(f"phase {self.adaptive.phase}: nothing to train; see lora_share and ia3_share")
+        optimizer = torch.optim.AdamW([{**group, "peak_lr": group["lr"]} for group in groups], betas=(0.9, 0.95))
+        for group in optimizer.param_groups if before is not None else ():
+            for parameter in group["params"]:
+                if before is not None and parameter in before.state:
+                    optimizer.state[parameter] = before.state[parameter]
+        return optimizer
+
+    def _log(self, span: PhaseSpan, loss: StepLoss, records: Records, screen: Screen) -> None:
+        assert self._optimizer is not None
+        rate = self._optimizer.param_groups[0]["lr"]
+        speed = self._clock.tokens_per_second
+        epoch, _ = self.order.position(self.step)
+        statistics = self.adaptive.statistics()
+        records.write(
+            self.step,
+            "train",
+            span.phase,
+            {
+                "epoch": epoch,
+                "tokens": self.tokens,
+                "loss": loss.total,
+                "cross_entropy": loss.cross_entropy,
+                "regularization": loss.regularization,
+                "distillation": loss.distillation,
+                "learning_rate": rate,
+                "gradient_norm": loss.gradient_norm,
+                "tokens_per_second": speed,
+                **statistics,
+            },
+        )
+        left = duration((self.total_steps - self.step) * self._clock.seconds_per_step)
+        distilled = f" + distil {loss.distillation:.4f}" if loss.distillation else ""
+        screen.line(
+            f"step {self.step}/{self.total_steps} {span.phase}: loss {loss.total:.4f} = ce {loss.cross_entropy:.4f} "
+            f"+ reg {loss.regularization:.4f}{distilled}, lr {rate:.2e}, {speed:,.0f} tokens/s, {left} left"
+        )
+        if span.phase is Phase.GATES:
+            screen.line(f"  masking: {_described(statistics)}")
+
+    def _validate(self, name: str | None, records: Records, screen: Screen) -> None:
+        """Held-out perplexity; kept under `name` where given."""
+        window = self.config.sequence_length
+        with self.adaptive.evaluation():
+            result = perplexity(
+                self.adaptive.model,
+                self.start.data.validation,
+                window=window,
+                stride=window,
+                batch_size=self.config.batch_size,
+                device=self.device,
+            )
+        self._clock.skip()
+        if name is not None:
+            self.validations[name] = result.token_perplexity
+        values = {
+            "perplexity": result.token_perplexity,
+            "mean_nll": result.mean_nll,
+            "scored_tokens": result.tokens,
+            "window": window,
+            "at": name or "interval",
+        }
+        records.write(self.step, "validation", self.adaptive.phase, values)
+        note = " (gates exact, before recovery)" if name == HARD_GATES else ""
+        screen.line(
+            f"step {self.step}: validation perplexity {result.token_perplexity:.3f}{note} "
+            f"over {result.tokens:,} held-out tokens, window {window}"
+        )
+
+    def _save(self, records: Records, screen: Screen) -> None:
+        assert self._optimizer is not None
+        epoch, batch = self.order.position(self.step)
+        progress = Progress(
+            self.step,
+            self.adaptive.phase,
+            epoch,
+            batch,
+            self.tokens,
+            records.lines,
+            dict(self.validations),
+            self.data_sha256,
+            torch.get_num_threads(),
+            records.wandb_id,
+        )
+        self._checkpoint = save_checkpoint(
+            self.run_folder, progress, self.adaptive, self._optimizer, self.generator, self.start.tokenizer_files
+        )
+        prune_checkpoints(self.run_folder, self.config.keep_checkpoints)
+        screen.line(f"step {self.step}: wrote {self._checkpoint}")
+        self._clock.skip()
+
+    def _not_finite(self, what: str, value: float, rows: Tensor) -> TrainingError:
+        epoch, batch = self.order.position(self.step)
+        documents = self.start.data.training.documents[rows]
+        kept = checkpoints_of(self.run_folder)
+        return TrainingError(
+            f"step {self.step + 1}: the {what} is {value}, in batch {batch} of epoch {epoch} (sequences "
+            f"{rows.tolist()} of documents {int(documents[:, 0].min())} to {int(documents[:, 1].max())}); "
+            f"{f'the last good checkpoint is {kept[-1]}' if kept else 'no checkpoint was written yet'}"
+        )
+
+    def _announce_resumption(self, screen: Screen, progress: Progress) -> None:
+        screen.line(f"resumed after step {self.step} of {self.total_steps}, in phase {progress.phase}")
+        if progress.threads != torch.get_num_threads():
+            screen.line(
+                f"  with {torch.get_num_threads()} threads instead of {progress.threads}: sums may round otherwise"
+            )
+        self._trainable[progress.phase] = self.adaptive.trainable_parameters()[0]
+
+    @contextmanager
+    def _signals(self, screen: Screen) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks to stop after the step, a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            if self._stop_asked.is_set():
+                raise KeyboardInterrupt
+            self._stop_asked.set()
+            screen.line(
+                f"{signal.Signals(number).name}: finishing the step and writing a checkpoint; again to stop now"
+            )
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """Speed over recent steps; the first one, in which everything is built, counts only until the second."""
+
+    def __init__(self) -> None:
+        self.seconds_per_step = 0.0
+        self._tokens_per_step = 0.0
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens_per_step / max(self.seconds_per_step, 1e-9)
+
+    def tick(self, tokens: int) -> None:
+        """A step ended."""
+        seconds = time.perf_counter() - self._since
+        self._steps += 1
+        share = 1 / min(max(1, self._steps - 1), 20)
+        self.seconds_per_step += share * (seconds - self.seconds_per_step)
+        self._tokens_per_step += share * (tokens - self._tokens_per_step)
+        self.skip()
+
+    def skip(self) -> None:
+        """Whatever happened since the last step does not count."""
+        self._since = time.perf_counter()
+
+
+def _described(statistics: dict[str, Any]) -> str:
+    """Statistics in one line: numbers as they are, lists by layer."""
+
+    def shown(value: float | list[float]) -> str:
+        return f"[{' '.join(f'{v:.3f}' for v in value)}]" if isinstance(value, list) else f"{value:.3f}"
+
+    return ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in statistics.items())
