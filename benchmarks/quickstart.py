@@ -47,7 +47,7 @@ class Variant:
 
 
 COMPACT = Variant("compact")
-DENSE = Variant("dense", ("enable_masking=false", "enable_peft=false", "scan_mode=off"))
+DENSE = Variant("dense", ("enable_masking=false", "enable_peft=false", "scan_mode=none"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,17 +215,29 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _run(*arguments: str) -> None:
-    status = subprocess.run(_command(*arguments), check=False).returncode
-    if status != 0:
-        raise YunminError(f"yunmin {arguments[0]} ended with status {status}")
+    _finish(subprocess.Popen(_command(*arguments)), arguments[0])
 
 
 def _json(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(_command(*arguments), stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise YunminError(f"yunmin {arguments[0]} ended with status {done.returncode}")
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(
+        _finish(subprocess.Popen(_command(*arguments), stdout=subprocess.PIPE, text=True), arguments[0])
+    )
     return result
+
+
+def _finish(process: subprocess.Popen[Any], name: str) -> str:
+    """Waits for a command and returns what it wrote to a pipe, if anything.
+
+    Ctrl-C reaches the command, too; it gets the time to write its checkpoint, which `subprocess.run` would not give.
+    """
+    try:
+        output, _ = process.communicate()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if process.returncode != 0:
+        raise YunminError(f"yunmin {name} ended with status {process.returncode}")
+    return output or ""
 
 
 def _say(title: str) -> None:
