@@ -98,12 +98,12 @@ def export(
     report("merging, folding, cutting")
     compact = compact_model(read)
     report(f"verifying in float64 on {probe.tokens} tokens")
-    parity_float64 = _parity_float64(read, compact, probe)
+    trained, parity = _verify_float64(read, compact, probe)
     compact = compact.cast(torch.float32)  # the one rounding
 
     def verify_written(folder: Path) -> dict[str, Parity]:
         report(f"verifying what was written in float32 on {probe.tokens} tokens")
-        return {"float64": parity_float64, **_parity_float32(read, folder, probe)}
+        return {"float64": parity, **_verify_float32(read, folder, probe, trained)}
 
     report("writing")
     return write_artifact(
@@ -166,19 +166,25 @@ def _trained(source: Source) -> MambaLM:
     return build_trained(source.checkpoint, source.pillars, folders)
 
 
-def _parity_float64(source: Source, compact: Compact, probe: Probe) -> Parity:
-    """The export's mathematics: both models in float64, without any rounding to float32 between."""
+def _verify_float64(source: Source, compact: Compact, probe: Probe) -> tuple[Tensor, Parity]:
+    """The export's mathematics: both models in float64, without any rounding to float32 between.
+
+    Returns:
+        The trained model's logits (tokens, V), and how far the export's lie from them.
+    """
     trained = logits_one_by_one(_trained(source).double(), probe)  # the model is released before the next is built
     exported = logits_as_batch(MambaLM.from_tensors(compact.config, compact.tensors), probe)
-    return require_parity("float64", exported, trained)
+    return trained, require_parity("float64", exported, trained)
 
 
-def _parity_float32(source: Source, folder: Path, probe: Probe) -> dict[str, Parity]:
+def _verify_float32(source: Source, folder: Path, probe: Probe, trained_float64: Tensor) -> dict[str, Parity]:
     """The artifact as it was written, read back from its files."""
     trained = logits_one_by_one(_trained(source), probe)
+    rounding = float((trained - trained_float64).abs().max())
+    hint = f" (in float64 both agree, and the trained model's own float32 logits are off by {rounding:.3g})"
     written = load_checkpoint(folder)
     model = MambaLM.from_tensors(written.config, written.tensors)
     return {
-        "float32": require_parity("float32", logits_as_batch(model, probe), trained),
+        "float32": require_parity("float32", logits_as_batch(model, probe), trained, hint=hint),
         "stepwise": require_parity("stepwise", *logits_by_steps(model, probe)),
     }

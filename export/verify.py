@@ -118,13 +118,14 @@ def logits_by_steps(model: MambaLM, probe: Probe) -> tuple[Tensor, Tensor]:
     return torch.stack(stepped, dim=1), torch.stack(whole)
 
 
-def require_parity(what: str, exported: Tensor, expected: Tensor) -> Parity:
+def require_parity(what: str, exported: Tensor, expected: Tensor, *, hint: str = "") -> Parity:
     """Compares logits.
 
     Args:
         what: a key of `TOLERANCES`.
         exported: (..., V).
         expected: of the same shape and dtype.
+        hint: what else is known, for the error.
 
     Raises:
         VerificationError: the difference exceeds the tolerance, or a logit is not finite.
@@ -142,7 +143,7 @@ def require_parity(what: str, exported: Tensor, expected: Tensor) -> Parity:
     if not parity.holds:
         raise VerificationError(
             f"{what}: the exported model's logits differ from {_REFERENCES[what]} by {parity.max_abs_error:.3g}, "
-            f"expected at most {tolerance:g} of the largest logit {largest:.4g}; nothing was written"
+            f"expected at most {tolerance:g} of the largest logit {largest:.4g}; nothing was written{hint}"
         )
     return parity
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.models import random_tensors
 from yunmin.checkpoint import write_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.model import MambaLM
@@ -30,13 +31,6 @@ def small_config(*, uniform: bool = True, tied: bool = True, bias: bool = True, 
         tie_word_embeddings=tied,
     )
     return config if uniform else config.with_widths(d_inner=(32, 20), d_state=(6, 9))
-
-
-def random_tensors(config: MambaConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights without zeros or ones that would hide a mistake."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = MambaLM.initialized(config, generator).tensors()
-    return {name: t + 0.2 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
 
 
 def random_gate(width: int, zeros: int, generator: torch.Generator) -> Tensor:

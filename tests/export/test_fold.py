@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from export.fold import fold_gates, surviving_channels, surviving_states
 from export.merge import apply_masks, merge_ia3, merge_lora
-from tests.export.fixtures import random_pillars, random_tensors, small_config
+from tests.export.fixtures import random_pillars, small_config
+from tests.models import random_tensors
 from yunmin.errors import CheckpointError
 from yunmin.pillars import Pillars
 

@@ -15,13 +15,13 @@ from tests.export.fixtures import (
     ia3,
     lora,
     random_pillars,
-    random_tensors,
     small_config,
     with_masks,
     write_adapter,
     write_source,
     write_trained_run,
 )
+from tests.models import random_tensors
 from yunmin.checkpoint import load_checkpoint
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, load_pillars

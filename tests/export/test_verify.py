@@ -16,7 +16,8 @@ from export.verify import (
     make_probe,
     require_parity,
 )
-from tests.export.fixtures import TEXT, random_tensors, small_config
+from tests.export.fixtures import TEXT, small_config
+from tests.models import random_tensors
 from yunmin.errors import DataError, TokenizerError, VerificationError
 from yunmin.model import MambaLM
 from yunmin.tokenizer import Tokenizer
