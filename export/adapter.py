@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,14 +28,17 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Options that describe the adapter or its training and do not change what it computes, besides those read below.
 _DESCRIPTIVE = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
+    """alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules
     feedforward_modules inference_mode init_ia3_weights init_lora_weights layers_pattern layers_to_transform
     loftq_config lora_alpha lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size r
     rank_pattern revision runtime_config target_modules task_type use_rslora""".split()
 )
 # Other initializations ("pissa", "olora", ...) change the base weights under the adapter.
 _KEEPING_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
-_TENSOR_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|ia3_l)")
+EMBEDDINGS = "backbone.embeddings"
+_TENSOR_NAME = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|ia3_l|base_layer\.weight)"
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,13 @@ class Adapter:
         folder: where it was read from.
         kind: "LORA" or "IA3".
         updates: by module, `backbone.layers.0.mixer.in_proj`; at least one.
+        base_embedding: the base model's embedding, which `peft` saves beside an adapter of it; None where it did not.
     """
 
     folder: Path
     kind: str
     updates: Mapping[str, LoraUpdate | Ia3Update]
+    base_embedding: Tensor | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records of it."""
@@ -114,17 +120,31 @@ def read_adapter(folder: str | Path, config: MambaConfig) -> Adapter:
         if match is None or match[2].startswith("ia3") != (kind == "IA3"):
             raise CheckpointError(f"{folder}: unexpected tensor {name!r} in an adapter of type {kind}")
         parts.setdefault(match[1], {})[match[2].removesuffix(".weight")] = tensor
+    base_embedding = parts.get(EMBEDDINGS, {}).pop("base_layer", None)
     if not parts:
         raise CheckpointError(f"{folder}: {WEIGHTS_FILE} holds no tensors")
-    shapes = _projection_shapes(config)
+    shapes = _adaptable_shapes(config, kind)
     updates: dict[str, LoraUpdate | Ia3Update] = {}
     for module, tensors in sorted(parts.items()):
         if module not in shapes:
-            expected = f"{', '.join(PROJECTIONS)} of backbone.layers.0 to {config.n_layers - 1}"
+            expected = (
+                f"{', '.join(PROJECTIONS)} of backbone.layers.0 to {config.n_layers - 1}, and LoRA of {EMBEDDINGS}"
+            )
             raise CheckpointError(f"{folder}: adapts {module!r}; what can be merged here is {expected}")
         read = _lora_update if kind == "LORA" else _ia3_update
         updates[module] = read(folder, module, tensors, options, shapes[module])
-    return Adapter(folder, kind, updates)
+    return Adapter(folder, kind, updates, base_embedding)
+
+
+def refuse_other_base(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Checks the base embedding that came with an adapter, where one did.
+
+    Raises:
+        CheckpointError: it is not this model's.
+    """
+    theirs = adapter.base_embedding
+    if theirs is not None and not torch.equal(theirs.float(), tensors[f"{EMBEDDINGS}.weight"].float()):
+        raise CheckpointError(f"{adapter.folder}: brings a base embedding that differs from this model's")
 
 
 def refuse_overlaps(adapters: Iterable[Adapter], masked: Iterable[str]) -> None:
@@ -188,10 +208,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: damaged or truncated ({error})") from None
 
 
-def _projection_shapes(config: MambaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape (out, in) of every weight that can be adapted, by module."""
+def _adaptable_shapes(config: MambaConfig, kind: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight that an adapter of a kind can change, by module."""
     shapes = expected_shapes(config)
     modules = [f"{layer_prefix(i)}mixer.{p}" for i in range(config.n_layers) for p in PROJECTIONS]
+    modules += [EMBEDDINGS] if kind == "LORA" else []
     return {module: shapes[f"{module}.weight"] for module in modules}
 
 
@@ -204,9 +225,12 @@ def _lora_update(
         raise CheckpointError(f"{folder}: the rank of {module} must be a positive integer, found {rank!r}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise CheckpointError(f"{folder}: the lora_alpha of {module} must be a number, found {alpha!r}")
-    for part, expected in (("lora_A", (rank, shape[1])), ("lora_B", (shape[0], rank))):
-        _require_shape(folder, module, part, tensors, expected)
     scale = alpha / math.sqrt(rank) if options.get("use_rslora") else alpha / rank
+    if module == EMBEDDINGS:  # peft's A looks tokens up and its B maps to the model's width: W + scale * (B A)^T
+        expected = {"lora_embedding_A": (rank, shape[0]), "lora_embedding_B": (shape[1], rank)}
+        _require_parts(folder, module, tensors, expected)
+        return LoraUpdate(tensors["lora_embedding_B"].T, tensors["lora_embedding_A"].T, scale)
+    _require_parts(folder, module, tensors, {"lora_A": (rank, shape[1]), "lora_B": (shape[0], rank)})
     return LoraUpdate(tensors["lora_A"], tensors["lora_B"], scale)
 
 
@@ -218,7 +242,7 @@ def _ia3_update(
         on_inputs = re.fullmatch(feedforward, module) is not None
     else:
         on_inputs = any(module.endswith(name) for name in feedforward)  # peft's own rule
-    _require_shape(folder, module, "ia3_l", tensors, (1, shape[1]) if on_inputs else (shape[0], 1))
+    _require_parts(folder, module, tensors, {"ia3_l": (1, shape[1]) if on_inputs else (shape[0], 1)})
     return Ia3Update(tensors["ia3_l"].flatten(), on_inputs)
 
 
@@ -230,9 +254,13 @@ def _by_pattern(options: Mapping[str, Any], key: str, module: str, default: Any)
     return default
 
 
-def _require_shape(
-    folder: Path, module: str, part: str, tensors: Mapping[str, Tensor], expected: tuple[int, ...]
+def _require_parts(
+    folder: Path, module: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    found = tuple(tensors[part].shape) if part in tensors else "nothing"
-    if found != expected:
-        raise CheckpointError(f"{folder}: {part} of {module}: expected shape {expected}, found {found}")
+    for part, shape in expected.items():
+        found = tuple(tensors[part].shape) if part in tensors else "nothing"
+        if found != shape:
+            raise CheckpointError(f"{folder}: {part} of {module}: expected shape {shape}, found {found}")
+    unexpected = sorted(set(tensors) - set(expected))
+    if unexpected:
+        raise CheckpointError(f"{folder}: {module} has an unexpected tensor {unexpected[0]!r}")

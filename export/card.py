@@ -51,6 +51,7 @@ def model_card(
     name: str,
     *,
     config: MambaConfig,
+    is_untied: bool,
     before: Cost,
     after: Cost,
     parity: Mapping[str, Parity],
@@ -64,6 +65,8 @@ def model_card(
     prompt = "'Once upon a time'" if has_tokenizer else "1,2,3"
     option = "--prompt" if has_tokenizer else "--token-ids"
     widths = f"{_widths('inner channels', config.d_inner)} {_widths('states per channel', config.d_state)}"
+    untied = "
+An adapter changed the embedding alone: the head, tied to it before, has its own weights." if is_untied else ""
     return f"""---
 library_name: {"transformers" if config.is_uniform else "yunmin"}
 pipeline_tag: text-generation
@@ -74,7 +77,7 @@ tags: [mamba, yunmin]
 
 A Mamba-1 language model of {config.n_layers} layers and width {config.d_model}, exported by `yunmin` from
 `{provenance["source"]}`. {widths}
-Adapters merged into the weights: {merged}. The channels lie in scan order; nothing is reordered at run time.
+Adapters merged into the weights: {merged}. The channels lie in scan order; nothing is reordered at run time.{untied}
 
 ## Sizes
 

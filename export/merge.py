@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from export.adapter import Adapter, LoraUpdate
+from export.adapter import EMBEDDINGS, Adapter, LoraUpdate
 from yunmin.config import MambaConfig
 
 
@@ -43,15 +44,20 @@ def merge_adapter(
 ) -> tuple[MambaConfig, dict[str, Tensor]]:
     """Merges one adapter into the weights it adapts.
 
+    An adapter of the embedding leaves a head that was tied to it as it was, so the two are two tensors afterwards.
+
     Args:
         config: describes `tensors`.
         tensors: by name, masks already applied; not modified. Their dtype is the one computed in.
         adapter: read for this model.
 
     Returns:
-        The config, and the tensors, all of the same dtype as before.
+        The config (its head untied, where it has to be), and the tensors, all of the same dtype as before.
     """
     merged = dict(tensors)
+    if EMBEDDINGS in adapter.updates and config.tie_word_embeddings:
+        config = replace(config, tie_word_embeddings=False)
+        merged["lm_head.weight"] = merged[f"{EMBEDDINGS}.weight"]
     for module, update in adapter.updates.items():
         weight_name, bias_name = f"{module}.weight", f"{module}.bias"
         if isinstance(update, LoraUpdate):

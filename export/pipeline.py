@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.adapter import Adapter, read_adapter, refuse_overlaps
+from export.adapter import Adapter, read_adapter, refuse_other_base, refuse_overlaps
 from export.fold import fold_gates, surviving_channels, surviving_states, take_survivors
 from export.merge import apply_masks, merge_adapter
 from export.provenance import provenance_of
@@ -137,6 +137,8 @@ def read_source(source: str | Path, adapters: Sequence[str | Path] = ()) -> Sour
     }
     read = {name: read_adapter(path, config) for name, path in folders.items()}
     refuse_overlaps(read.values(), pillars.weight_masks)
+    for adapter in read.values():
+        refuse_other_base(adapter, checkpoint.tensors)
     return Source(str(source), checkpoint, pillars, read)
 
 

@@ -79,6 +79,7 @@ def write_artifact(
             card = model_card(
                 out.absolute().name,
                 config=config,
+                is_untied=source.config.tie_word_embeddings and not config.tie_word_embeddings,
                 before=before,
                 after=after,
                 parity=parity,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.adapter import Adapter, Ia3Update, LoraUpdate, read_adapter, refuse_overlaps
+from export.adapter import Adapter, Ia3Update, LoraUpdate, read_adapter, refuse_other_base, refuse_overlaps
 from tests.export.fixtures import ia3, lora, small_config, write_adapter
+from tests.models import random_tensors
 from yunmin.errors import CheckpointError
 
 IN_PROJ = "base_model.model.backbone.layers.0.mixer.in_proj"
@@ -39,6 +40,7 @@ def _edit_tensors(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying is True"),
         ({"an_option_of_the_future": 1}, "an_option_of_the_future is 1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
         ({"peft_type": "VERA"}, "peft_type must be 'LORA' or 'IA3' to be merged exactly, found 'VERA'"),
@@ -106,6 +108,19 @@ def test_damaged_folder_is_refused(tmp_path: Path, name: str, content: bytes | N
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_adapter(folder, small_config())
+
+
+def test_embedding_of_another_base_is_refused(tmp_path: Path) -> None:
+    config = small_config()
+    folder = write_adapter(tmp_path, config, lora("embeddings"))
+    base = random_tensors(config)
+    name = "base_model.model.backbone.embeddings.base_layer.weight"
+    _edit_tensors(folder, lambda tensors: {**tensors, name: base["backbone.embeddings.weight"].clone()})
+    adapter = read_adapter(folder, config)
+    assert list(adapter.updates) == ["backbone.embeddings"]
+    refuse_other_base(adapter, base)
+    with pytest.raises(CheckpointError, match="brings a base embedding that differs from this model's"):
+        refuse_other_base(adapter, random_tensors(config, seed=5))
 
 
 def test_two_adapters_of_one_module_are_refused(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ CONFIGS = {
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"lora": lora("in_proj", "x_proj", "dt_proj", "out_proj")},
+    "embedding": {"lora": lora("embeddings", "x_proj", use_rslora=True)},
     "rslora": {"lora": lora("in_proj", "dt_proj", use_rslora=True)},
     "patterns": {
         "lora": lora("in_proj", "x_proj", rank_pattern={"x_proj": 2}, alpha_pattern={r"layers\.1\.mixer\.in_proj": 11})
@@ -69,6 +70,7 @@ def _assert_equal(exported: Tensor, trained: Tensor) -> None:
 
 # every kind of adapter on the most irregular model, and the mixture of both on every model
 CASES = {name: ("widths-per-layer", name) for name in ADAPTERS} | {name: (name, "both") for name in CONFIGS}
+CASES["embedding-tied-to-the-head"] = ("tied", "embedding")
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES.values(), ids=CASES.keys())
@@ -133,6 +135,15 @@ def test_external_adapters_are_merged_beside_the_checkpoints_own(tmp_path: Path)
     with torch.inference_mode():
         trained = build_trained(checkpoint, load_pillars(folder, config), folders).double()(IDS)
     _assert_equal(_logits(compact_model(read_source(folder, extra))), trained)
+
+
+def test_adapted_embedding_unties_the_head_which_keeps_its_weights(tmp_path: Path) -> None:
+    write_source(tmp_path, small_config(), adapters={"lora": lora("embeddings")}, tokenizer=False)
+    compact = compact_model(read_source(tmp_path))
+    embedding, head = compact.tensors["backbone.embeddings.weight"], compact.tensors["lm_head.weight"]
+    assert not compact.config.tie_word_embeddings
+    assert torch.equal(head, random_tensors(small_config())["backbone.embeddings.weight"].double())
+    assert float((embedding - head).abs().max()) > 1e-2
 
 
 def test_survivors_lie_in_scan_order(tmp_path: Path) -> None:

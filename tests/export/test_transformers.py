@@ -151,6 +151,22 @@ def test_adapter_saved_by_peft_on_transformers_model_is_exported(base: Path, tmp
     _assert_same(_our_logits(tmp_path / "out"), _their_logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_adapter_of_the_tied_embedding_is_exported_as_it_acts_unmerged(base: Path, tmp_path: Path) -> None:
+    """The targets that Mamba's model cards on the Hub suggest; peft's own merge would change the head, too."""
+    from peft import get_peft_model
+
+    model = get_peft_model(_theirs(base), lora("embeddings", "in_proj", init_lora_weights=False))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    manifest = export(base, tmp_path / "out", adapters=[tmp_path / "adapter"])
+    assert manifest.after["parameters"] == manifest.before["parameters"] + 300 * 16
+    assert "tied to it before, has its own weights." in (tmp_path / "out/README.md").read_text()
+    unmerged = _their_logits(model)
+    _assert_same(_our_logits(tmp_path / "out"), unmerged)
+    _assert_same(_their_logits(_theirs(tmp_path / "out")), unmerged)
+
+
 def test_config_of_an_artifact_names_its_own_widths(tmp_path: Path) -> None:
     config = small_config()
     write_source(tmp_path / "source", config, pillars=random_pillars(config), tokenizer=False)
