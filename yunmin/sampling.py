@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -55,6 +55,9 @@ class SamplingParams:
             raise RequestError("stop", "must be a list of non-empty strings")
         if len(self.stop) > MAX_STOP_STRINGS or any(len(s) > MAX_STOP_LENGTH for s in self.stop):
             raise RequestError("stop", f"at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters")
+
+
+_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 
 
 class Sampler:
@@ -120,6 +123,9 @@ class Sampler:
 
 def sampling_params_from(values: dict[str, Any]) -> SamplingParams:
     """`SamplingParams` from a request's fields, `stop` as a string or a list; None means the default."""
+    unknown = sorted(set(values) - _FIELDS)
+    if unknown:
+        raise RequestError(unknown[0], f"unknown parameter, expected one of {', '.join(sorted(_FIELDS))}")
     given = {name: value for name, value in values.items() if value is not None}
     if "stop" in given:
         stop = given["stop"]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from torch import nn
 
 from yunmin.axes import layer_prefix
@@ -101,8 +102,9 @@ def inject_adapter(model: MambaLM, name: str, folder: Path, *, is_trainable: boo
         weights = load_peft_weights(str(folder), device="cpu")
         inject_adapter_in_model(config, host, adapter_name=name)
         result = set_peft_model_state_dict(host, weights, adapter_name=name)
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: the adapter does not load: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: the adapter does not load: {reason}") from None
     if result.unexpected_keys:
         raise CheckpointError(f"{folder}: the adapter has an unexpected tensor {result.unexpected_keys[0]!r}")
     missing = [key for key in result.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
