@@ -1,0 +1,91 @@
+"""Errors as clients see them: a status code and OpenAI's error object."""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serving.streams import DeadlineError, EngineStoppedError, QueueFullError
+from yunmin.errors import RequestError, TokenizerError, YunminError
+
+
+class ApiError(Exception):
+    """An error with everything a response needs.
+
+    Attributes:
+        status: HTTP status code.
+        param: the offending field of the request, or None.
+        code: for programs, or None.
+        headers: to send beside the body.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type` of an error with this status."""
+        if self.status == http.HTTPStatus.TOO_MANY_REQUESTS:
+            return "rate_limit_error"
+        return "server_error" if self.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def api_error(error: YunminError) -> ApiError:
+    """How one of our own errors looks to a client."""
+    match error:
+        case RequestError():
+            return ApiError(400, str(error), param=error.field, code="invalid_value")
+        case TokenizerError():
+            return ApiError(400, "prompt: this model has no tokenizer, give token ids", param="prompt")
+        case QueueFullError():
+            headers = {"Retry-After": str(error.retry_after_s)}
+            return ApiError(429, str(error), code="queue_full", headers=headers)
+        case DeadlineError():
+            return ApiError(504, str(error), code="deadline_exceeded")
+        case EngineStoppedError():
+            return ApiError(503, str(error), code="engine_stopped")
+        case _:
+            return ApiError(500, str(error), code="generation_failed")
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_yunmin_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, YunminError)
+    return api_error(error).response()
+
+
+async def on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, error.detail, headers=error.headers).response()
+
+
+async def on_unexpected_error(_: Request, __: Exception) -> Response:
+    """Starlette raises the error again after this response, so that the server logs it."""
+    return ApiError(500, "internal error, the server's log has the reason", code="internal_error").response()

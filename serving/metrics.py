@@ -1,0 +1,49 @@
+"""What a server counts, in Prometheus' terms."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_GAP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
+
+
+class Metrics:
+    """The engine's counters, gauges and histograms.
+
+    Args:
+        registry: to register with; tests give each engine its own.
+
+    Attributes:
+        requests: sequences by how they ended: stop, length, cancelled, deadline, error, refused.
+        prompt_tokens: tokens read.
+        generated_tokens: tokens sampled, without the end-of-text token.
+        running, waiting, slots: sequences with a slot, without one, and how many slots there are.
+        first_token_s: from arrival to the first token.
+        token_gap_s: between two tokens of one sequence.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter("yunmin_requests", "Sequences by how they ended", ["outcome"], registry=registry)
+        self.prompt_tokens = Counter("yunmin_prompt_tokens", "Prompt tokens read", registry=registry)
+        self.generated_tokens = Counter("yunmin_generated_tokens", "Tokens generated", registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            # one engine per server: after a restart the value of the process before it must not be added
+            return Gauge(name, text, registry=registry, multiprocess_mode="mostrecent")
+
+        self.running = gauge("yunmin_running_sequences", "Sequences that hold a state slot")
+        self.waiting = gauge("yunmin_waiting_sequences", "Requests waiting for a state slot")
+        self.slots = gauge("yunmin_state_slots", "State slots in the pool")
+        self.first_token_s = Histogram(
+            "yunmin_time_to_first_token_seconds",
+            "Time from arrival to the first token",
+            registry=registry,
+            buckets=_TTFT_BUCKETS_S,
+        )
+        self.token_gap_s = Histogram(
+            "yunmin_inter_token_seconds",
+            "Time between two tokens of one sequence",
+            registry=registry,
+            buckets=_GAP_BUCKETS_S,
+        )

@@ -1,0 +1,105 @@
+"""The BentoML service: `bentoml serve` and `bentoml build` find it through bentofile.yaml."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before BentoML is imported
+
+import bentoml
+from bentoml.exceptions import BentoMLException
+from prometheus_client import REGISTRY
+from starlette.types import ASGIApp
+
+from serving.api import Backend, create_app
+from serving.engine import Engine
+from serving.metrics import Metrics
+from serving.settings import read_settings, require_artifact
+from yunmin.errors import YunminError
+from yunmin.language_model import LanguageModel, load
+
+_MARGIN_S = 30.0
+_app = create_app()
+
+
+def _deadline_s() -> float:
+    try:
+        return read_settings().deadline_s
+    except YunminError as error:
+        raise BentoMLException(str(error)) from None  # BentoML's command line prints these as one line
+
+
+@functools.cache
+def served_model() -> LanguageModel:
+    """The model that this process serves; loaded once.
+
+    Raises:
+        YunminError: it is missing or damaged.
+    """
+    settings = read_settings()
+    if settings.threads:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+    return load(require_artifact(settings), device=settings.device)
+
+
+# BentoML bounds the time to the first byte, and keeps a timer for each request that long; the engine's own deadline
+# comes first, and answers better
+@bentoml.service(
+    name="yunmin",
+    workers=1,  # workers share no memory: one process, one engine
+    traffic={"timeout": _deadline_s() + _MARGIN_S},
+    resources={"gpu": 1},
+)
+@bentoml.asgi_app(_app, path="/")
+class MambaService:
+    """Tokens of a Mamba language model over HTTP."""
+
+    def __init__(self) -> None:
+        settings = read_settings()
+        model = served_model()
+        self.engine = Engine(
+            model.runtime,
+            model.tokenizer,
+            slots=settings.slots,
+            queue=settings.queue,
+            prefill_chunk=settings.prefill_chunk,
+            metrics=Metrics(REGISTRY),
+        )
+        self.engine.start()
+        _app.state.backend = Backend(model, self.engine, settings)
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]  # BentoML is not followed by mypy
+    @staticmethod
+    def verify_artifact() -> None:
+        """Runs once, before any worker starts: a bad artifact ends the command with one line."""
+        from yunmin.artifact import is_artifact, read_manifest
+        from yunmin.trained import load_trained
+
+        try:
+            artifact = require_artifact(read_settings())
+            if is_artifact(artifact):
+                read_manifest(artifact)
+            else:
+                load_trained(artifact)
+        except YunminError as error:
+            raise BentoMLException(str(error)) from None
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def stop_engine(self) -> None:
+        await asyncio.to_thread(self.engine.stop)
+
+    async def __is_alive__(self) -> bool:
+        return self.engine.is_alive
+
+    async def __is_ready__(self) -> bool:
+        return self.engine.is_alive
+
+
+def create_asgi() -> ASGIApp:
+    """The whole service, BentoML's middleware and probes included, for a server in this process."""
+    app: ASGIApp = MambaService.to_asgi(is_main=True)  # type: ignore[attr-defined]  # the decorator makes it a Service
+    return app

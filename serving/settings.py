@@ -1,0 +1,93 @@
+"""What a server is told: environment variables, checked once, with every name in one table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from yunmin.errors import ConfigError
+
+PREFIX = "YUNMIN_"
+
+
+class Settings(BaseModel):
+    """A server's settings; each field is also the environment variable `YUNMIN_` + its name in capitals.
+
+    `bentoml serve`, a container and `yunmin serve` (whose options set the same variables) thus agree.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    artifact: str = Field("", description="artifact, run folder or checkpoint to serve")
+    model_name: str = Field("", description="name that requests give as `model` (default: the folder's name)")
+    device: str = Field("auto", description="torch device; auto takes CUDA where there is one, else the CPU")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model; 0 leaves torch's own choice")
+    slots: int = Field(8, ge=1, le=4096, description="sequences that advance together")
+    queue: int = Field(64, ge=0, le=100_000, description="requests that may wait for a slot; more get 429")
+    prefill_chunk: int = Field(256, ge=1, le=65_536, description="prompt tokens read between two decode steps")
+    max_prompt_tokens: int = Field(32_768, ge=1, description="longest prompt")
+    max_tokens: int = Field(4096, ge=1, description="most tokens that one request may generate")
+    max_body_bytes: int = Field(1_048_576, ge=1024, description="largest request body")
+    deadline_s: float = Field(300.0, gt=0, le=86_400, allow_inf_nan=False, description="longest time of one request")
+
+    @property
+    def served_name(self) -> str:
+        """The name under which the model is listed."""
+        return self.model_name or Path(self.artifact).resolve().name
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One setting as the outside names it."""
+
+    field: str
+    name: str
+    description: str
+    default: Any
+
+    @property
+    def option(self) -> str:
+        """Its option of `yunmin serve`."""
+        return "--" + self.field.replace("_", "-")
+
+
+def variables() -> list[Variable]:
+    """Every environment variable the server reads."""
+    return [
+        Variable(field, PREFIX + field.upper(), info.description or "", info.default)
+        for field, info in Settings.model_fields.items()
+    ]
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment; an unset or empty variable means the default.
+
+    Raises:
+        ConfigError: a value is impossible; names the variable.
+    """
+    environ = os.environ if environ is None else environ
+    given = {v.field: environ[v.name] for v in variables() if environ.get(v.name)}
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        variable = next(v for v in variables() if v.field == first["loc"][0])
+        raise ConfigError(
+            f"{variable.name} ({variable.option}): {first['msg'].lower()}, got {first['input']!r}"
+        ) from None
+
+
+def require_artifact(settings: Settings) -> str:
+    """The artifact to serve.
+
+    Raises:
+        ConfigError: none is named.
+    """
+    if not settings.artifact:
+        raise ConfigError(f"{PREFIX}ARTIFACT: expected the artifact folder to serve, it is not set")
+    return settings.artifact

@@ -1,0 +1,128 @@
+"""What HTTP needs here beyond Starlette: bounded bodies, work that ends when the client leaves, event streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serving.failures import ApiError
+
+T = TypeVar("T")
+
+_DRAIN_S = 2.0
+_DRAIN_BODIES = 16
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientLeftError(Exception):
+    """The client has closed the connection; nobody reads a response."""
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body, refused as soon as it is known to be too large.
+
+    Raises:
+        ApiError: 413, or 400 for a bad Content-Length.
+        ClientLeftError: the client left while sending.
+    """
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal():
+        raise ApiError(400, f"Content-Length must be a number, got {declared!r}", code="invalid_header")
+    chunks: list[bytes] = []
+    size, more = int(declared), True
+    if size <= limit_bytes:
+        size = 0
+        while more and size <= limit_bytes:  # a chunked body declares no length
+            chunk, more = await _next_chunk(request)
+            size += len(chunk)
+            chunks.append(chunk)
+    if size > limit_bytes:
+        if more and "expect" not in request.headers:  # who expects to be told has sent nothing yet
+            await _drain(request, limit_bytes * _DRAIN_BODIES)
+        message = f"the body is larger than {limit_bytes} bytes"
+        raise ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+    return b"".join(chunks)
+
+
+async def _next_chunk(request: Request) -> tuple[bytes, bool]:
+    """Some of the body, and whether there is more."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientLeftError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _drain(request: Request, limit_bytes: int) -> None:
+    """Discards some of what is still coming: most clients read no response before they have sent their request."""
+    size, more = 0, True
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            while more and size < limit_bytes:
+                chunk, more = await _next_chunk(request)
+                size += len(chunk)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work`, and cancels it when the client leaves; the body must have been read.
+
+    Raises:
+        ClientLeftError: the client left first.
+    """
+    task = asyncio.ensure_future(work)
+    departure = asyncio.ensure_future(_departure(receive))
+    try:
+        await asyncio.wait({task, departure}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeftError
+        return task.result()
+    finally:
+        task.cancel()
+        departure.cancel()
+        await asyncio.gather(task, departure, return_exceptions=True)
+
+
+async def _departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def frame(event: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """A response of server-sent events.
+
+    Args:
+        frames: framed events; it reports its own errors as events, since the status has been sent by then.
+        on_close: called when the last frame is sent or the client has left.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncIterator[bytes], on_close: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._frames = frames
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            with contextlib.suppress(ClientLeftError):
+                await while_connected(receive, self._send_all(send))
+        finally:
+            self._on_close()
+
+    async def _send_all(self, send: Send) -> None:
+        async for data in self._frames:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

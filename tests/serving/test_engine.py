@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+from serving.engine import Engine, Load
+from serving.metrics import Metrics
+from serving.streams import DeadlineError, EngineStoppedError, QueueFullError, SequenceError, TokenStream
+from yunmin.config import MambaConfig
+from yunmin.language_model import LanguageModel
+from yunmin.sampling import SamplingParams
+from yunmin.state import MambaState
+
+FOREVER = SamplingParams(max_tokens=10**6, temperature=0.0)
+POISON = 13
+
+
+class WatchedRuntime:
+    """The model's own runtime, with a record of calls and places to interfere."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.inner = model.runtime
+        self.calls: list[str] = []
+        self.before_step: Callable[[Sequence[int]], None] = lambda _: None
+        self.after_step: Callable[[Sequence[int], Tensor], None] = lambda _, __: None
+
+    @property
+    def config(self) -> MambaConfig:
+        return self.inner.config
+
+    def new_state(self, batch_size: int) -> MambaState:
+        return self.inner.new_state(batch_size)
+
+    def prefill(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        self.calls.append("prefill")
+        if token_ids[0] == POISON:
+            raise RuntimeError("a poisoned prompt")
+        return self.inner.prefill(token_ids, state)
+
+    def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
+        self.calls.append("step")
+        self.before_step(token_ids)
+        logits, state = self.inner.step(token_ids, state)
+        self.after_step(token_ids, logits)
+        return logits, state
+
+    def gather(self, pool: MambaState, slots: Sequence[int]) -> MambaState:
+        self.calls.append("gather")
+        return self.inner.gather(pool, slots)
+
+    def scatter(self, pool: MambaState, slots: Sequence[int], state: MambaState) -> None:
+        self.inner.scatter(pool, slots, state)
+
+
+@contextlib.asynccontextmanager
+async def engine_on(
+    model: LanguageModel, *, runtime: WatchedRuntime | None = None, slots: int = 3, queue: int = 100, chunk: int = 8
+) -> AsyncIterator[Engine]:
+    engine = Engine(
+        runtime or WatchedRuntime(model),
+        model.tokenizer,
+        slots=slots,
+        queue=queue,
+        prefill_chunk=chunk,
+        metrics=Metrics(CollectorRegistry()),
+    )
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await asyncio.to_thread(engine.stop)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(120):
+            await coroutine
+
+    asyncio.run(bounded())
+
+
+async def read(stream: TokenStream) -> tuple[str, list[int], str | None]:
+    pieces = [piece async for piece in stream]
+    ids = [piece.token_id for piece in pieces if piece.token_id is not None]
+    return "".join(piece.text for piece in pieces), ids, pieces[-1].finish_reason
+
+
+async def idle(engine: Engine) -> None:
+    while engine.load != Load(0, 0):
+        await asyncio.sleep(0.001)
+
+
+REQUESTS: list[tuple[str | list[int], dict[str, Any]]] = [
+    ("def main(", {"temperature": 0.0, "max_tokens": 25}),
+    ("Grüße aus 東京, " * 5, {"temperature": 0.0, "max_tokens": 9}),
+    ([5], {"seed": 7, "max_tokens": 30, "top_k": 40, "repetition_penalty": 1.3}),
+    ("def main(argument):\n", {"seed": 8, "temperature": 1.5, "max_tokens": 17, "stop": ["e"]}),
+    ("x", {"seed": 9, "top_p": 0.9, "max_tokens": 1}),
+    ("a" * 40, {"seed": 10, "min_p": 0.02, "max_tokens": 40}),
+    ("🙂", {"temperature": 0.0, "max_tokens": 33}),
+]
+
+
+def alone(model: LanguageModel, prompt: str | list[int], params: dict[str, Any]) -> tuple[str, list[int], str]:
+    completion = model.generate(prompt, **params)
+    return completion.text, list(completion.token_ids), completion.finish_reason
+
+
+def sampling(params: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**{**params, "stop": tuple(params.get("stop", ()))})
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_output_equals_generating_alone_whoever_the_neighbours_are(model: LanguageModel, slots: int) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=slots) as engine:
+            streams = [engine.submit(model.encode(p), sampling(params), 60) for p, params in REQUESTS * 2]
+            results = await asyncio.gather(*map(read, streams))
+        assert results == [alone(model, p, params) for p, params in REQUESTS * 2]
+
+    run(main())
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(REQUESTS) - 1), st.floats(0, 0.02), st.none() | st.integers(0, 8)), max_size=12
+    ),
+    st.integers(1, 4),
+)
+def test_random_arrivals_and_departures_change_no_result_and_leak_no_slot(
+    model: LanguageModel, arrivals: list[tuple[int, float, int | None]], slots: int
+) -> None:
+    async def visit(engine: Engine, which: int, delay_s: float, leave_after: int | None) -> None:
+        prompt, params = REQUESTS[which]
+        await asyncio.sleep(delay_s)
+        with engine.submit(model.encode(prompt), sampling(params), 60) as stream:
+            if leave_after is None:
+                assert await read(stream) == alone(model, prompt, params)
+                return
+            for _ in range(leave_after):
+                if (await anext(stream)).finish_reason is not None:
+                    return
+
+    async def main() -> None:
+        async with engine_on(model, slots=slots) as engine:
+            await asyncio.gather(*(visit(engine, *arrival) for arrival in arrivals))
+            await idle(engine)
+
+    run(main())
+
+
+def test_cancelling_frees_the_slot_for_who_waits(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=1) as engine:
+            with engine.submit([1, 2], FOREVER, 60) as endless:
+                await anext(endless)
+                waiting = engine.submit([3], SamplingParams(max_tokens=2, temperature=0), 60)
+                assert engine.load == Load(1, 1)
+            assert len((await read(waiting))[1]) == 2
+            await idle(engine)
+            assert [piece async for piece in endless] == []
+
+    run(main())
+
+
+def test_cancelling_a_waiting_or_reading_sequence_removes_it(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=1, chunk=1) as engine:
+            reading = engine.submit([1] * 5000, FOREVER, 60)
+            waiting = engine.submit([3], FOREVER, 60)
+            while engine.load != Load(1, 1):
+                await asyncio.sleep(0.001)
+            waiting.cancel()
+            reading.cancel()
+            await idle(engine)
+
+    run(main())
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=1, queue=1) as engine:
+            streams = [engine.submit([1], FOREVER, 60)]
+            await anext(streams[0])
+            streams.append(engine.submit([2], FOREVER, 60))
+            with pytest.raises(QueueFullError) as refused:
+                engine.submit([3], FOREVER, 60)
+            assert refused.value.retry_after_s >= 1
+            for stream in streams:
+                stream.cancel()
+            await idle(engine)
+            assert len((await read(engine.submit([3], SamplingParams(max_tokens=3, temperature=0), 60)))[1]) == 3
+
+    run(main())
+
+
+def test_a_burst_fits_in_slots_and_queue_together(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=2, queue=0) as engine:
+            first, second = (engine.submit([n], FOREVER, 60) for n in (1, 2))
+            with pytest.raises(QueueFullError):
+                engine.submit([3], FOREVER, 60)
+            await anext(first)
+            await anext(second)
+
+    run(main())
+
+
+def test_deadlines_end_running_and_waiting_sequences(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=1) as engine:
+            running = engine.submit([1], FOREVER, 0.3)
+            waiting = engine.submit([1], FOREVER, 0.1)
+            with pytest.raises(DeadlineError, match=r"0\.1 s"):
+                await read(waiting)
+            with pytest.raises(DeadlineError, match=r"0\.3 s"):
+                await read(running)
+            await idle(engine)
+
+    run(main())
+
+
+def test_a_failing_prompt_fails_alone(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model) as engine:
+            neighbour = engine.submit(model.encode(REQUESTS[0][0]), sampling(REQUESTS[0][1]), 60)
+            poisoned = engine.submit([POISON], FOREVER, 60)
+            with pytest.raises(SequenceError) as failed:
+                await read(poisoned)
+            assert "poisoned" not in str(failed.value)  # an internal error's text is for the log
+            assert await read(neighbour) == alone(model, *REQUESTS[0])
+            await idle(engine)
+
+    run(main())
+
+
+def test_a_failing_step_fails_its_batch_and_spares_who_waits(model: LanguageModel) -> None:
+    runtime = WatchedRuntime(model)
+
+    def fail_once(_: Sequence[int]) -> None:
+        runtime.before_step = lambda _: None
+        raise RuntimeError("out of memory")
+
+    async def main() -> None:
+        async with engine_on(model, runtime=runtime, slots=2) as engine:
+            batch = [engine.submit([n], FOREVER, 60) for n in (1, 2)]
+            for stream in batch:
+                await anext(stream)
+            waiting = engine.submit(model.encode(REQUESTS[2][0]), sampling(REQUESTS[2][1]), 60)
+            runtime.before_step = fail_once
+            for stream in batch:
+                with pytest.raises(SequenceError):
+                    await read(stream)
+            assert await read(waiting) == alone(model, *REQUESTS[2])
+            await idle(engine)
+
+    run(main())
+
+
+def test_logits_that_are_not_finite_fail_only_their_row(model: LanguageModel) -> None:
+    runtime = WatchedRuntime(model)
+
+    def spoil(token_ids: Sequence[int], logits: Tensor) -> None:
+        if len(token_ids) == 2:
+            with torch.inference_mode():
+                logits[1, 4] = torch.nan
+            runtime.after_step = lambda _, __: None
+
+    async def main() -> None:
+        async with engine_on(model, runtime=runtime) as engine:
+            healthy = engine.submit(model.encode(REQUESTS[6][0]), sampling(REQUESTS[6][1]), 60)
+            spoiled = engine.submit([2], FOREVER, 60)
+            runtime.after_step = spoil
+            with pytest.raises(SequenceError, match="not finite"):
+                await read(spoiled)
+            assert await read(healthy) == alone(model, *REQUESTS[6])
+
+    run(main())
+
+
+def test_stopping_ends_everyone_and_refuses_newcomers(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=1) as engine:
+            running, waiting = (engine.submit([1], FOREVER, 60) for _ in range(2))
+            await anext(running)
+            await asyncio.to_thread(engine.stop)
+            for stream in (running, waiting):
+                with pytest.raises(EngineStoppedError):
+                    await read(stream)
+            with pytest.raises(EngineStoppedError):
+                engine.submit([1], FOREVER, 60)
+            assert not engine.is_alive
+
+    run(main())
+
+
+def test_an_engine_whose_thread_dies_says_so(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with engine_on(model) as engine:
+            stream = engine.submit([1], FOREVER, 60)
+            await anext(stream)
+
+            def broken() -> None:
+                raise RuntimeError("a bug")
+
+            monkeypatch.setattr(engine, "_admit", broken)
+            with pytest.raises(EngineStoppedError, match="failed"):
+                await read(stream)
+            assert not engine.is_alive
+
+    run(main())
+
+
+def test_decode_steps_go_on_while_a_long_prompt_is_read(model: LanguageModel) -> None:
+    runtime = WatchedRuntime(model)
+
+    async def main() -> None:
+        async with engine_on(model, runtime=runtime, chunk=4) as engine:
+            endless = engine.submit([1], FOREVER, 60)
+            await anext(endless)
+            runtime.calls.clear()
+            await anext(engine.submit([2] * 40, FOREVER, 60))
+        turns = [call for call in runtime.calls if call != "gather"]
+        prefills = [n for n, call in enumerate(turns) if call == "prefill"]
+        assert len(prefills) == 10
+        assert all("step" in turns[a:b] for a, b in itertools.pairwise(prefills))
+
+    run(main())
+
+
+def test_states_move_only_when_membership_changes(model: LanguageModel) -> None:
+    runtime = WatchedRuntime(model)
+
+    async def main() -> None:
+        async with engine_on(model, runtime=runtime) as engine:
+            await read(engine.submit([1], SamplingParams(max_tokens=30, temperature=0), 60))
+        assert runtime.calls.count("step") == 29
+        assert runtime.calls.count("gather") == 1
+
+    run(main())
+
+
+def test_the_event_loop_is_never_held_up_by_the_model(model: LanguageModel) -> None:
+    runtime, held = WatchedRuntime(model), threading.Event()
+
+    def hold(_: Sequence[int]) -> None:
+        held.wait(60)
+
+    runtime.before_step = hold
+
+    async def main() -> None:
+        async with engine_on(model, runtime=runtime) as engine:
+            stream = engine.submit([1], SamplingParams(max_tokens=3, temperature=0), 60)
+            await anext(stream)
+            await asyncio.sleep(0.05)  # would never return if the step ran on the loop
+            held.set()
+            assert len((await read(stream))[1]) == 2
+
+    run(main())
