@@ -65,8 +65,11 @@ def model_card(
     prompt = "'Once upon a time'" if has_tokenizer else "1,2,3"
     option = "--prompt" if has_tokenizer else "--token-ids"
     widths = f"{_widths('inner channels', config.d_inner)} {_widths('states per channel', config.d_state)}"
-    untied = "
-An adapter changed the embedding alone: the head, tied to it before, has its own weights." if is_untied else ""
+    untied = (
+        "\nAn adapter changed the embedding alone: the head, tied to it before, has its own weights."
+        if is_untied
+        else ""
+    )
     return f"""---
 library_name: {"transformers" if config.is_uniform else "yunmin"}
 pipeline_tag: text-generation
