@@ -37,8 +37,10 @@ def main(argv: list[str]) -> int:
     )
     print(f"format {manifest.format_version}, quantization {manifest.quantization}, every file matches its sha256")
     print("\nprovenance")
-    for name, value in _flattened(manifest.provenance):
-        print(f"  {name:<34} {value}")
+    facts = list(_flattened(manifest.provenance))
+    width = max((len(name) for name, _ in facts), default=0)
+    for name, value in facts:
+        print(f"  {name:<{width}}  {value}")
     print(f"\n{'size':<24} {'before':>17} {'after':>17} {'ratio':>7}")
     for key, before in manifest.before.items():
         after = manifest.after[key]
