@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from yunmin.cli import parser, print_json
+from yunmin.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from training.trainer import TrainingResult
@@ -40,8 +41,11 @@ def main(argv: list[str]) -> int:
     if options.resume and options.print_config:
         arguments.error("--print-config shows a new run's configuration, expected no --resume")
 
-    from training.config import load_config
-    from training.run import resume, to_yaml, train
+    try:
+        from training.config import load_config
+        from training.run import resume, to_yaml, train
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(str(error.name), "train", "yunmin train") from None
 
     if options.print_config:
         print(to_yaml(load_config(options.config, options.overrides)), end="")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -27,7 +29,7 @@ RECORD_KEYS = (
 class TrainingConfig(BaseModel):
     """What `yunmin train` reads from YAML and `key=value` overrides; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
     # where to start, and where to write
     checkpoint: str | None = Field(None, description="folder or Hub id to start from; none starts from scratch")
@@ -124,8 +126,12 @@ class TrainingConfig(BaseModel):
 
     # records
     log_interval: Count = Field(10, description="steps between two lines of the log")
-    validation_interval: Count | None = Field(None, description="steps; none validates at the end of each phase")
-    checkpoint_interval: Count | None = Field(None, description="steps; none writes one at the end of each phase")
+    validation_interval: Count | None = Field(
+        None, description="steps between validations, besides those at the end of each phase"
+    )
+    checkpoint_interval: Count | None = Field(
+        None, description="steps between checkpoints, besides those at the end of each phase"
+    )
     keep_checkpoints: Count = Field(3, description="newest ones that are kept")
     tensorboard: bool = Field(True, description="write events for TensorBoard")
     wandb: bool = Field(False, description="log to Weights & Biases; WANDB_MODE is respected")
@@ -157,6 +163,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] | list[str] 
         ConfigError: a missing or malformed file, an unknown key or an impossible value; names it.
     """
     values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     if path is not None:
         values = _read_yaml(Path(path))
     for override in overrides:
@@ -167,8 +174,9 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] | list[str] 
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"{key}: {text!r} is no YAML value") from None
-        values[key] = _number(value)
-    return parse_config(values, where=str(path) if path else "configuration")
+        values[key] = value
+        sources[key] = "command line"
+    return parse_config(values, where="configuration" if path is None else str(path), sources=sources)
 
 
 def describe_keys(model: type[BaseModel]) -> list[str]:
@@ -184,8 +192,15 @@ def describe_keys(model: type[BaseModel]) -> list[str]:
     return lines
 
 
-def parse_config(values: dict[str, Any], *, where: str = "configuration") -> TrainingConfig:
+def parse_config(
+    values: dict[str, Any], *, where: str = "configuration", sources: Mapping[str, str] | None = None
+) -> TrainingConfig:
     """Validates a dictionary.
+
+    Args:
+        values: by key.
+        where: they come from, for the error's text.
+        sources: where single keys come from instead.
 
     Raises:
         ConfigError: names the first unknown key or impossible value.
@@ -195,8 +210,11 @@ def parse_config(values: dict[str, Any], *, where: str = "configuration") -> Tra
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        where = (sources or {}).get(key.partition(".")[0], where)
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{where}: unknown key {key!r}") from None
+            near = difflib.get_close_matches(key, TrainingConfig.model_fields, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "; yunmin train --help lists all keys"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}") from None
         message = first["msg"].removeprefix("Value error, ")
         found = f", got {first['input']!r}" if key else ""
         raise ConfigError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
@@ -215,14 +233,4 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    return {key: _number(value) for key, value in values.items()}
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; people who write it mean the number."""
-    if isinstance(value, str) and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return values

@@ -171,7 +171,7 @@ def load_synthetic(config: TrainingConfig, n_tokens: int, separator: int) -> Tra
     """Draws synthetic documents and packs them."""
     if config.validation_data:
         raise ConfigError("validation_data: synthetic data holds out its own, expected no other source")
-    documents = synthetic_documents(n_tokens, separator, config.seed)[: config.max_documents]
+    documents = synthetic_documents(n_tokens, separator, config.seed, config.max_documents)
     held_out = max(1, round(len(documents) * config.validation_share))
     if held_out >= len(documents):
         raise DataError(f"max_documents: {len(documents)} leaves nothing to train on")

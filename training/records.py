@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping
@@ -11,10 +12,23 @@ from typing import Any, Self, TextIO
 import torch
 
 from training.config import TrainingConfig
-from yunmin.errors import CheckpointError, MissingExtraError
+from yunmin.errors import CheckpointError, ConfigError, MissingExtraError
 from yunmin.files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def require_packages(config: TrainingConfig) -> None:
+    """Looks for optional packages before any work is done.
+
+    Raises:
+        MissingExtraError: one that the configuration wants is not installed.
+    """
+    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb, "rich": sys.stderr.isatty()}
+    for package, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            purpose = "the progress bar" if package == "rich" else f"{package}=true"
+            raise MissingExtraError(package, "train", purpose)
 
 
 class Records:
@@ -27,34 +41,34 @@ class Records:
         wandb_id: of the run to continue there.
 
     Raises:
-        MissingExtraError: a tracker that is wanted is not installed.
+        ConfigError: Weights & Biases does not start.
     """
 
     def __init__(self, run: Path, config: TrainingConfig, step: int = 0, wandb_id: str | None = None) -> None:
-        self._file = (run / METRICS_FILE).open("a", encoding="utf-8")
-        self.lines = sum(1 for _ in (run / METRICS_FILE).open(encoding="utf-8"))
+        path = run / METRICS_FILE
+        self.lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
+        self._file = path.open("a", encoding="utf-8")
         self.wandb_id: str | None = None
         self._wandb: Any = None
         self._board: Any = None
         if config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ModuleNotFoundError:
-                raise MissingExtraError("tensorboard", "train", "tensorboard=true") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         if config.wandb:
+            import wandb
+
             try:
-                import wandb
-            except ModuleNotFoundError:
-                raise MissingExtraError("wandb", "train", "wandb=true") from None
-            self._wandb = wandb.init(
-                project=config.project_name,
-                name=run.name,
-                dir=str(run),
-                id=wandb_id,
-                resume="allow" if wandb_id else None,
-                config=config.model_dump(mode="json"),
-            )
+                self._wandb = wandb.init(
+                    project=config.project_name,
+                    name=run.name,
+                    dir=str(run),
+                    id=wandb_id,
+                    resume="allow" if wandb_id else None,
+                    config=config.model_dump(mode="json"),
+                )
+            except wandb.Error as error:
+                raise ConfigError(f"wandb: {error} (WANDB_MODE=offline needs no account)") from None
             self.wandb_id = self._wandb.id
 
     def write(self, step: int, kind: str, phase: str, values: Mapping[str, Any]) -> None:
@@ -112,11 +126,9 @@ class Screen:
         self._stream = sys.stderr if stream is None else stream
         self._bar: Any = None
         if self._stream.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-            except ModuleNotFoundError:
-                raise MissingExtraError("rich", "train", "the progress bar") from None
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             self._bar = Progress(
                 TextColumn("{task.fields[phase]:<8}"),
                 BarColumn(),

@@ -13,7 +13,7 @@ import yaml
 from training.checkpointing import checkpoints_of, read_progress
 from training.config import ARCHITECTURE_KEYS, RECORD_KEYS, TrainingConfig, load_config
 from training.data import SYNTHETIC
-from training.records import Records, Screen, truncate_metrics
+from training.records import Records, Screen, require_packages, truncate_metrics
 from training.start import continue_from, start_from
 from training.trainer import Trainer, TrainingResult
 from yunmin.checkpoint import load_checkpoint
@@ -33,6 +33,7 @@ def train(config: TrainingConfig) -> TrainingResult:
     run = Path(config.output_dir) / (config.run_name or time.strftime("run-%Y%m%d-%H%M%S"))
     if run.exists():
         raise ConfigError(f"run_name: {run} exists; continue it with --resume {run}, or choose another name")
+    require_packages(config)
     device = _device(config)
     trainer = Trainer(config, run, start_from(config), device)
     run.mkdir(parents=True)
@@ -56,7 +57,8 @@ def resume(source: str | Path, overrides: Sequence[str] = ()) -> TrainingResult:
         key = override.partition("=")[0]
         if key not in RECORD_KEYS:
             raise ConfigError(f"{key}: cannot change when a run is resumed, only {', '.join(RECORD_KEYS)} can")
-    config = load_config(run / CONFIG_FILE, overrides)
+    config = load_config(run / CONFIG_FILE, list(overrides))
+    require_packages(config)
     progress = read_progress(checkpoint)
     trainer = Trainer(config, run, continue_from(config, load_checkpoint(checkpoint)), _device(config))
     trainer.resume(checkpoint, progress)

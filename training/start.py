@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def _from_checkpoint(config: TrainingConfig, source: str) -> Start:
 
 
 def _from_scratch(config: TrainingConfig) -> Start:
-    options = {
+    options: dict[str, Any] = {
         "d_model": config.d_model,
         "n_layers": config.n_layers,
         "expand": config.expand,

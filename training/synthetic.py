@@ -10,20 +10,20 @@ import numpy as np
 
 from yunmin.errors import ConfigError
 
-TOKENS = 131_072  # in all, held-out ones included
+TOKENS = 131_072  # in all, held-out ones included, unless the number of documents is given
 _SUCCESSORS = 4
 _WALK = (12, 48)  # shortest and longest walk, in tokens
 _PROBABILITIES = (0.55, 0.25, 0.15, 0.05)
 
 
-def synthetic_documents(n_tokens: int, separator: int, seed: int, total: int = TOKENS) -> list[list[int]]:
+def synthetic_documents(n_tokens: int, separator: int, seed: int, most: int | None = None) -> list[list[int]]:
     """Draws documents of token ids.
 
     Args:
         n_tokens: ids lie below this.
         separator: the id that stands between documents, which no document contains.
         seed: of the chain and the walks.
-        total: tokens to draw, roughly.
+        most: documents to draw; None stops at `TOKENS` tokens.
 
     Returns:
         Documents, none twice.
@@ -38,7 +38,7 @@ def synthetic_documents(n_tokens: int, separator: int, seed: int, total: int = T
     successors = ids[rng.integers(ids.size, size=(n_tokens, _SUCCESSORS))]
     documents: dict[tuple[int, ...], None] = {}
     drawn = 0
-    while drawn < total:
+    while drawn < TOKENS if most is None else len(documents) < most:
         length = int(rng.integers(_WALK[0], _WALK[1] + 1))
         choices = rng.choice(_SUCCESSORS, size=length, p=_PROBABILITIES)
         walk = [int(rng.choice(ids))]
