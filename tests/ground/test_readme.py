@@ -1,11 +1,12 @@
 """The README does what it says: its code blocks run, in order, as a reader would type them.
 
 Rules for the README:
-- Every block fenced as ```bash or ```python is run, all in one folder that is empty at the start, `yunmin` being on the
-  PATH. Other fences (```text, ```json, ```yaml, ...) are only shown.
+- Every block fenced as ```bash or ```python is run, all in one folder that holds what a fresh clone holds, `yunmin`
+  being on the PATH. Other fences (```text, ```json, ```yaml, ...) are only shown.
 - `<!-- not run: REASON -->` right before a fence exempts it: commands that install, need a network or a GPU, or that
   another test runs (`make quickstart`).
-- `yunmin train ...` gets `SMALLER` appended, so that it ends within seconds; all else runs as it stands.
+- `yunmin train ...` gets `SHORTER` appended, and `SMALLER` where it starts from scratch, so that it ends within
+  seconds; all else runs as it stands.
 - `yunmin serve ...` and `bentoml serve ...` (with or without a trailing `&`) run in the background until the next of
   them or the end; the test waits until the server is ready on its `--port` (3000 if none is given).
 - A command that fails fails the test, and shows its line.
@@ -30,8 +31,9 @@ from tests.ground.readme import Block, code_blocks, commands
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALLER = "d_model=32 n_layers=2 vocab_size=300 max_steps=20 batch_size=4 sequence_length=32 max_documents=40"
-SMALLER += " validation_tokens=256 channel_multiple=8"
+SHORTER = "max_steps=20 batch_size=4 sequence_length=32 max_documents=40 validation_tokens=256 channel_multiple=8"
+SMALLER = "d_model=32 n_layers=2 vocab_size=300"
+CLONED = ("yunmin", "training", "export", "serving", "research", "benchmarks", "pyproject.toml", "bentofile.yaml")
 _SERVER = re.compile(r"^(\w+=\S+ )*(yunmin serve|bentoml serve)\b")
 _LIMIT_S = 300
 
@@ -77,6 +79,8 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     assert blocks, "the README has no block to run"
     if shutil.which("curl") is None and any("curl" in block.code for block in blocks):
         pytest.skip("the README uses curl, and this machine has none")
+    for name in CLONED:
+        (tmp_path / name).symlink_to(ROOT / name)
     server: subprocess.Popen[bytes] | None = None
     environment = _environment()
     try:
@@ -89,10 +93,31 @@ def test_the_readme_runs(tmp_path: Path) -> None:
                     _stop(server)
                     server = _start(command, tmp_path, environment)
                 else:
-                    shown = f"{command} {SMALLER}" if re.match(r"yunmin train\b(?!.*--help)", command) else command
+                    shown = shortened(command)
                     _run(["bash", "-euo", "pipefail", "-c", shown], block, shown, tmp_path, environment)
     finally:
         _stop(server)
+
+
+@pytest.mark.parametrize(
+    ("command", "appended"),
+    [
+        ("yunmin train data=stdlib", f" {SHORTER} {SMALLER}"),
+        ("yunmin train checkpoint=a/ data=b.txt", f" {SHORTER}"),
+        ("yunmin train --resume runs/a", ""),
+        ("yunmin train --help", ""),
+        ("yunmin export runs/a artifact/", ""),
+    ],
+)
+def test_only_new_trainings_are_shortened(command: str, appended: str) -> None:
+    assert shortened(command) == command + appended
+
+
+def shortened(command: str) -> str:
+    """A command as it is run: a training that begins is made small and short."""
+    if not re.match(r"yunmin train\b(?!.*--(resume|help))", command, re.DOTALL):
+        return command
+    return " ".join([command, SHORTER] + ([] if "checkpoint=" in command else [SMALLER]))
 
 
 def _environment() -> dict[str, str]:
