@@ -89,7 +89,7 @@ class MambaService:
             raise BentoMLException(str(error)) from None
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
-    async def stop_engine(self) -> None:
+    async def stop(self) -> None:
         await asyncio.to_thread(self.engine.stop)
 
     async def __is_alive__(self) -> bool:
@@ -97,6 +97,11 @@ class MambaService:
 
     async def __is_ready__(self) -> bool:
         return self.engine.is_alive
+
+
+def stop_engine() -> None:
+    """Ends every sequence of this process's service, each with an error."""
+    _app.state.backend.engine.stop()
 
 
 def create_asgi() -> ASGIApp:

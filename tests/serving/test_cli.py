@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -110,6 +111,23 @@ def test_a_signal_stops_the_server_cleanly(tmp_path: Path, sent: signal.Signals)
         assert running.process.wait(30) == 0
         assert log.read_text().splitlines() == [f"yunmin: serving 'artifact' on {running.url} (Ctrl-C stops)"]
     assert not list(temporary.glob("yunmin-*"))
+
+
+@pytest.mark.slow
+def test_a_stream_that_outlives_the_server_ends_with_an_error_event(model_folder: Path, tmp_path: Path) -> None:
+    command = [*YUNMIN, "serve", str(model_folder), "--port", "0", "--max-tokens", "10000000", "--grace-s", "0.5"]
+    body = {"prompt": "x", "max_tokens": 10_000_000, "temperature": 0}
+    with (
+        server(command, tmp_path / "log.txt") as running,
+        httpx.stream("POST", f"{running.url}/generate_stream", json=body, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        assert "token_id" in next(lines)
+        running.process.send_signal(signal.SIGINT)
+        last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+        assert running.process.wait(30) == 0
+        assert len(running.log.read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

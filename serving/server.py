@@ -1,0 +1,94 @@
+"""The service in one process: a socket, uvicorn, and an end that tells the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from serving.service import create_asgi, served_model, stop_engine
+from yunmin.errors import ConfigError
+
+_LAST_EVENTS_S = 5
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens, and ends what still generates some time after the signal to stop."""
+
+    def __init__(self, config: uvicorn.Config, ready: str, grace_s: float) -> None:
+        super().__init__(config)
+        self._ready = ready
+        self._grace_s = grace_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self._ready, file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_streams())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_streams(self) -> None:
+        await asyncio.sleep(self._grace_s)
+        await asyncio.to_thread(stop_engine)  # every stream ends with an error event
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket.
+
+    Args:
+        host: name or address, IPv4 or IPv6.
+        port: 0 takes a free one.
+
+    Raises:
+        ConfigError: that is not possible.
+    """
+    if not 0 <= port <= 65_535:
+        raise ConfigError(f"--port: expected a port in 0..65535, got {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error}") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there: {error}") from None
+    return listening
+
+
+def serve(listening: socket.socket, host: str, name: str, grace_s: float) -> bool:
+    """Serves until a signal stops it.
+
+    Args:
+        listening: where.
+        host: as the user named it, for the line that says so.
+        name: of the model, for the same line.
+        grace_s: seconds that running requests have after the signal.
+
+    Returns:
+        Whether it ever served.
+
+    Raises:
+        YunminError: the artifact is missing or damaged.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    served_model()  # first, so that a bad artifact is one line
+    shown = f"[{host}]" if ":" in host else host
+    ready = f"yunmin: serving {name!r} on http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops)"
+    patience_s = int(grace_s) + _LAST_EVENTS_S
+    config = uvicorn.Config(create_asgi(), log_config=None, server_header=False, timeout_graceful_shutdown=patience_s)
+    server = _Server(config, ready, grace_s)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+        server.run(sockets=[listening])
+    return server.started
