@@ -160,5 +160,5 @@ def test_take_modifies_nothing_and_refuses_unknown_tensors() -> None:
     kept = {n: t.clone() for n, t in tensors.items()}
     take(config, tensors, "inner", torch.arange(7), 0)
     assert all(torch.equal(tensors[n], kept[n]) for n in kept)
-    with pytest.raises(CheckpointError, match="unexpected tensor 'backbone.layers.0.mixer.E'"):
+    with pytest.raises(CheckpointError, match=r"unexpected tensor 'backbone\.layers\.0\.mixer\.E'"):
         take(config, {"backbone.layers.0.mixer.E": torch.zeros(3)}, "inner", torch.arange(7), 0)

@@ -1,0 +1,179 @@
+"""`yunmin.load(...)` and what it can do: generation equals transformers' and every way of asking agrees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import yunmin
+from tests.models import hf_model, random_pillars, small_config, write_adapters, write_model
+from yunmin.errors import ConfigError, RequestError, TokenizerError, YunminError
+from yunmin.generate import Generation
+from yunmin.language_model import LanguageModel
+from yunmin.sampling import SamplingParams
+from yunmin.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def model(model_folder: Path) -> LanguageModel:
+    return yunmin.load(model_folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("eos", [None, 5, [5, 60]])
+def test_greedy_generation_equals_transformers(tmp_path: Path, options: dict[str, Any], eos: Any) -> None:
+    theirs = hf_model(seed=4, use_bias=True, tie_word_embeddings=False, eos_token_id=eos)
+    theirs.generation_config.eos_token_id = eos
+    theirs.save_pretrained(tmp_path)
+    ours = yunmin.load(tmp_path)
+    eos_ids = {eos} if isinstance(eos, int) else set(eos or [])
+    assert set(ours.config.eos_token_ids) == eos_ids
+    for prompt in ([1, 2, 3], [9], list(range(40, 60))):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        output = theirs.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, **options)
+        expected = output[0, len(prompt) :].tolist()
+        completion = ours.generate(prompt, max_tokens=40, temperature=0, **options)
+        ends = bool(expected) and expected[-1] in eos_ids
+        assert list(completion.token_ids) == (expected[:-1] if ends else expected)
+        assert completion.finish_reason == ("stop" if ends else "length")
+        assert completion.prompt_tokens == len(prompt)
+
+
+def test_stream_pieces_concatenate_to_the_generated_text(model: LanguageModel) -> None:
+    assert model.tokenizer is not None
+    for seed in range(5):
+        params: dict[str, Any] = {"max_tokens": 60, "seed": seed, "temperature": 1.5}
+        completion = model.generate("Grüße ", **params)
+        pieces = list(model.stream("Grüße ", **params))
+        assert "".join(p.text for p in pieces) == completion.text
+        assert tuple(p.token_id for p in pieces if p.token_id is not None) == completion.token_ids
+        assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert completion.text == model.tokenizer.decode(completion.token_ids)
+
+
+def test_a_stop_string_ends_the_text_before_it(model: LanguageModel) -> None:
+    whole = model.generate("abc", max_tokens=60, seed=3)
+    stop = whole.text[10:12]
+    cut = model.generate("abc", max_tokens=60, seed=3, stop=stop)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert len(cut.token_ids) <= len(whole.token_ids)
+
+
+def test_max_tokens_is_exact(model: LanguageModel) -> None:
+    for n in (1, 2, 17):
+        completion = model.generate([1, 2], max_tokens=n, seed=1)
+        assert len(completion.token_ids) == n or completion.finish_reason == "stop"
+
+
+def test_a_snapshot_forks_and_continues_as_the_whole_prompt_does(model: LanguageModel) -> None:
+    shared = model.snapshot("The quick ")
+    before = shared.state.copy()
+    ids = model.encode("The quick ")
+    for seed in range(3):
+        params: dict[str, Any] = {"max_tokens": 20, "seed": seed}
+        assert model.generate(shared, **params) == model.generate(ids, **params)
+    tail = model.encode("brown")
+    longer = model.snapshot(tail, after=shared)
+    assert longer.token_ids == (*ids, *tail)
+    assert model.generate(longer, max_tokens=20, temperature=0) == model.generate(
+        ids + tail, max_tokens=20, temperature=0
+    )
+    assert all(map(torch.equal, before.ssm + before.conv, shared.state.ssm + shared.state.conv))
+
+
+def test_prefill_and_step_are_the_models_logits(model: LanguageModel) -> None:
+    logits, state = model.prefill([1, 2, 3])
+    logits, state = model.step(4, state)
+    logits, _ = model.prefill([5, 6], state)
+    with torch.no_grad():
+        expected = model.model(torch.tensor([[1, 2, 3, 4, 5, 6]]))[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ("", {}, "prompt"),
+        ([], {}, "prompt"),
+        ([300], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([1.0], {}, "prompt"),
+        ([True], {}, "prompt"),
+        ("a", {"max_tokens": -1}, "max_tokens"),
+        ("a", {"temperature": -1}, "temperature"),
+        ("a", {"max_token": 1}, "max_token"),
+    ],
+)
+def test_an_impossible_request_is_refused_before_any_piece(
+    model: LanguageModel, prompt: Any, params: dict[str, Any], field: str
+) -> None:
+    for ask in (model.generate, model.stream):
+        with pytest.raises(RequestError) as caught:
+            ask(prompt, **params)
+        assert caught.value.field == field
+
+
+def test_an_impossible_step_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(RequestError, match="token ids must lie in"):
+        model.step(300, model.runtime.new_state(1))
+
+
+def test_without_a_tokenizer_ids_work_and_text_is_refused(tmp_path: Path) -> None:
+    model = yunmin.load(write_model(tmp_path))
+    completion = model.generate([1, 2], max_tokens=5, seed=0)
+    assert completion.text == ""
+    assert len(completion.token_ids) == 5
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json, so prompts must be token ids"):
+        model.generate("text")
+    with pytest.raises(RequestError, match="stop: needs a tokenizer"):
+        model.generate([1], stop="x")
+
+
+def test_a_model_that_gives_nan_says_so(model: LanguageModel) -> None:
+    model.model.backbone.norm_f.weight.data[0] = float("nan")
+    with pytest.raises(YunminError, match="not finite"):
+        model.generate("a", max_tokens=2)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(model_folder: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used"):
+        yunmin.load(model_folder, device=device)
+
+
+def test_the_fingerprint_sees_config_weights_gates_and_adapters(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    config = small_config()
+    folders = {
+        "plain": write_model(tmp_path / "plain"),
+        "weights": write_model(tmp_path / "weights", seed=1),
+        "config": write_model(tmp_path / "config", small_config(norm_eps=2e-5)),
+        "gates": write_model(tmp_path / "gates", pillars=random_pillars(config)),
+        "adapters": write_model(tmp_path / "adapters"),
+    }
+    write_adapters(folders["adapters"], config)
+    prints = {name: yunmin.load(folder).fingerprint for name, folder in folders.items()}
+    assert len(set(prints.values())) == len(prints)
+    assert yunmin.load(folders["plain"]).fingerprint == prints["plain"]
+
+
+def test_a_finished_generation_must_not_go_on(model: LanguageModel) -> None:
+    generation = Generation(SamplingParams(max_tokens=1), [1], model.config, model.tokenizer)
+    generation.advance(torch.zeros(300))
+    with pytest.raises(AssertionError):
+        generation.advance(torch.zeros(300))
+
+
+def test_importing_yunmin_imports_no_torch() -> None:
+    code = "import sys, yunmin; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules); print(yunmin.load)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "function load" in result.stdout
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = yunmin.lod
