@@ -132,7 +132,7 @@ def test_output_equals_generating_alone_whoever_the_neighbours_are(model: Langua
     run(main())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, len(REQUESTS) - 1), st.floats(0, 0.02), st.none() | st.integers(0, 8)), max_size=12
