@@ -142,10 +142,13 @@ def _read_record(path: Path, number: int, line: str) -> Document:
 def _hub_documents(name: str) -> list[Document]:
     try:
         import datasets
+        from huggingface_hub import HfApi, constants
     except ModuleNotFoundError:
         raise MissingExtraError("datasets", "train", f"the dataset {name!r}") from None
     dataset, _, config = name.partition(":")
     try:
+        if not constants.HF_HUB_OFFLINE:  # one question, since `datasets` asks an unreachable Hub for half a minute
+            HfApi().dataset_info(dataset, timeout=10)
         rows = datasets.load_dataset(dataset, config or None, split="train")
     except Exception as error:  # noqa: BLE001 (the library raises many unrelated kinds)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

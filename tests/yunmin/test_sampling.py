@@ -48,6 +48,18 @@ def definition(params: dict[str, Any], logits: Tensor, history: tuple[int, ...] 
     return result / result.sum()
 
 
+IMPOSSIBLE: dict[str, list[object]] = {
+    "max_tokens": [0, -1, 1.5, "3", True],
+    "temperature": [-0.1, 101, float("nan"), float("inf"), "hot", True, 10**400],
+    "top_k": [-1, 1.0, "all", False],
+    "top_p": [0, -0.5, 1.1, float("nan"), "x"],
+    "min_p": [-0.1, 1.5, float("nan"), []],
+    "repetition_penalty": [0, -1, 1e9, float("nan"), {}],
+    "seed": [-1, 1.5, 2**63, "a", True],
+    "stop": [[""], [1], 5, ["x"] * 17, ["x" * 257], [None]],
+}
+
+
 PARAMS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.5},
@@ -165,16 +177,7 @@ def test_any_float_dtype_is_sampled(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        *[("max_tokens", v) for v in (0, -1, 1.5, "3", True)],
-        *[("temperature", v) for v in (-0.1, 101, float("nan"), float("inf"), "hot", True, 10**400)],
-        *[("top_k", v) for v in (-1, 1.0, "all", False)],
-        *[("top_p", v) for v in (0, -0.5, 1.1, float("nan"), "x")],
-        *[("min_p", v) for v in (-0.1, 1.5, float("nan"), [])],
-        *[("repetition_penalty", v) for v in (0, -1, 1e9, float("nan"), {})],
-        *[("seed", v) for v in (-1, 1.5, 2**63, "a", True)],
-        *[("stop", v) for v in ([""], [1], 5, ["x"] * 17, ["x" * 257], [None])],
-    ],
+    [(field, value) for field, values in IMPOSSIBLE.items() for value in values],
     ids=str,
 )
 def test_an_impossible_value_is_refused_by_name(field: str, value: object) -> None:

@@ -41,7 +41,7 @@ def gradients(run: object, inputs: list[Tensor]) -> list[Tensor]:
     y, last_state = run(*inputs)  # type: ignore[operator]
     rng = torch.Generator().manual_seed(5)
     loss = sum((t * torch.randn(t.shape, generator=rng, dtype=torch.float64).to(t)).sum() for t in (y, last_state))
-    return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))  # type: ignore[arg-type]
+    return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
 
 
 @pytest.mark.parametrize("work_numbers", [1, 40, 1 << 20])
@@ -137,7 +137,9 @@ def test_selective_scan_computes_the_skip_and_keeps_the_inputs_dtype(dtype: torc
     wide = torch.promote_types(dtype, torch.float32)
     narrow = [t.to(dtype) for t in (u, delta)]
     with use_backend(backend):
-        y, last_state = selective_scan(*narrow, A.to(wide), B_ssm.to(dtype), C_ssm.to(dtype), D_skip, state.to(wide))
+        y, last_state = selective_scan(
+            narrow[0], narrow[1], A.to(wide), B_ssm.to(dtype), C_ssm.to(dtype), D_skip, state.to(wide)
+        )
     assert (y.dtype, last_state.dtype) == (dtype, wide)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.2}[dtype]
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
@@ -231,8 +233,8 @@ def test_cuda_scan_equals_reference(shape: tuple[int, int, int, int], carried: b
         inputs[-1] = torch.zeros_like(inputs[-1]).requires_grad_()
     D_skip = torch.ones(shape[2], device="cuda")
 
-    def run(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        return selective_scan(*arguments[:5], D_skip, arguments[5])
+    def run(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return selective_scan(u, delta, A, B, C, D_skip, state)
 
     results = {}
     for backend in ("cuda", "reference"):

@@ -38,7 +38,7 @@ def byte_ids(data: bytes) -> list[int]:
     symbols = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
     ids = [TOKENIZER.backend.token_to_id(symbols[b]) for b in data]
     assert None not in ids
-    return ids
+    return [i for i in ids if i is not None]
 
 
 ids_of_any_kind = st.lists(
