@@ -67,7 +67,7 @@ def adapter_host(model: MambaLM) -> nn.Module:
     """A shell around the backbone, for `peft` to inject adapters into.
 
     It keeps peft from refusing LoRA on `out_proj` (fused kernels elsewhere bypass it; ours calls it as a module) and
-    from accepting adapters on the head, which is used raw here.
+    from accepting adapters on the head, which no export merges.
     """
     host = nn.Module()
     host.backbone = model.backbone
