@@ -35,10 +35,11 @@ def train(config: TrainingConfig) -> TrainingResult:
         raise ConfigError(f"run_name: {run} exists; continue it with --resume {run}, or choose another name")
     require_packages(config)
     device = _device(config)
-    trainer = Trainer(config, run, start_from(config), device)
-    run.mkdir(parents=True)
-    _write_config(run, config)
-    return _run(trainer, Records(run, config), done=0)
+    with torch.random.fork_rng(_cuda(device)):  # the caller's random state is not ours to change
+        trainer = Trainer(config, run, start_from(config), device)
+        run.mkdir(parents=True)
+        _write_config(run, config)
+        return _run(trainer, Records(run, config), done=0)
 
 
 def resume(source: str | Path, overrides: Sequence[str] = ()) -> TrainingResult:
@@ -60,10 +61,12 @@ def resume(source: str | Path, overrides: Sequence[str] = ()) -> TrainingResult:
     config = load_config(run / CONFIG_FILE, list(overrides))
     require_packages(config)
     progress = read_progress(checkpoint)
-    trainer = Trainer(config, run, continue_from(config, load_checkpoint(checkpoint)), _device(config))
-    trainer.resume(checkpoint, progress)
-    truncate_metrics(run, progress.metrics_lines)
-    return _run(trainer, Records(run, config, progress.step, progress.wandb_id), done=progress.step)
+    device = _device(config)
+    with torch.random.fork_rng(_cuda(device)):
+        trainer = Trainer(config, run, continue_from(config, load_checkpoint(checkpoint)), device)
+        trainer.resume(checkpoint, progress)
+        truncate_metrics(run, progress.metrics_lines)
+        return _run(trainer, Records(run, config, progress.step, progress.wandb_id), done=progress.step)
 
 
 def resolved(config: TrainingConfig) -> dict[str, Any]:
@@ -125,6 +128,10 @@ def _device(config: TrainingConfig) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
 
 
 def _absolute(source: str) -> str:

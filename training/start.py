@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,12 @@ def _from_scratch(config: TrainingConfig) -> Start:
         "d_state": config.d_state,
         "d_conv": config.d_conv,
         "vocab_size": config.vocab_size,
-        # as in mamba_ssm's `_init_weights`
-        "initializer_range": 0.02,
-        "rescale_prenorm_residual": True,
+        "initializer_range": 0.02,  # mamba_ssm's
     }
     rng = torch.Generator().manual_seed(config.seed)
     if is_synthetic(config):
         data = load_synthetic(config, config.vocab_size, separator=0)
-        return Start(MambaLM.initialized(MambaConfig.create(**options), rng, GatedMixer), data, {})
+        return Start(_fresh_model(MambaConfig.create(**options), rng), data, {})
     split = read_and_split(config)
     tokenizer = Tokenizer.train(texts_of(split[0]), config.vocab_size)
     assert tokenizer.eos_id is not None
@@ -89,7 +87,16 @@ def _from_scratch(config: TrainingConfig) -> Start:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         files = _tokenizer_files(Path(folder))
-    return Start(MambaLM.initialized(model_config, rng, GatedMixer), data, files)
+    return Start(_fresh_model(model_config, rng), data, files)
+
+
+def _fresh_model(config: MambaConfig, rng: torch.Generator) -> MambaLM:
+    """Mamba's initialization, with the residual branches scaled down as `mamba_ssm` does.
+
+    The config does not say so afterwards: transformers 5 would scale loaded weights once more.
+    """
+    fresh = MambaLM.initialized(replace(config, rescale_prenorm_residual=True), rng)
+    return MambaLM.from_tensors(config, fresh.tensors(), GatedMixer)
 
 
 def _data_for(config: TrainingConfig, checkpoint: Checkpoint) -> TrainingData:

@@ -134,8 +134,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite, or a parameter takes no part; the last checkpoint stays as it is.
         """
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), self._signals(screen):
+        with self._signals(screen):
             if self._resumed_from is None:
                 torch.manual_seed(self.config.seed)  # of dropout, which knows no other source
             else:
