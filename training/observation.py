@@ -101,6 +101,6 @@ class ScanOrders:
                 def keep(gradient: Tensor) -> None:
                     self._gradients[layer] = gradient.reshape(flat.shape)[rows].unsqueeze(0)
 
-                x.register_hook(keep)  # type: ignore[no-untyped-call]
+                x.register_hook(keep)
 
         return observe

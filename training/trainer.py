@@ -220,7 +220,7 @@ class Trainer:
         if not math.isfinite(loss.item()):
             raise self._not_finite("loss", loss.item(), rows)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = self._clip()
         if not math.isfinite(norm):
             raise self._not_finite("gradient", norm, rows)
