@@ -186,3 +186,12 @@ def _flattened(values: Mapping[str, Any]) -> list[tuple[str, float]]:
         )
         flat += [(part, float(v)) for part, v in parts if isinstance(v, int | float)]
     return flat
+
+
+def described(statistics: dict[str, Any]) -> str:
+    """Statistics in one line: numbers as they are, lists by layer."""
+
+    def shown(value: float | list[float]) -> str:
+        return f"[{' '.join(f'{v:.3f}' for v in value)}]" if isinstance(value, list) else f"{value:.3f}"
+
+    return ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in statistics.items())

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +17,11 @@ from torch.nn import functional as F
 
 from training.adaptive import AdaptiveModel
 from training.checkpointing import Progress, checkpoints_of, prune_checkpoints, restore_state, save_checkpoint
+from training.clock import Clock
 from training.config import TrainingConfig
 from training.data import IGNORED, BatchOrder
 from training.phases import Phase, PhaseSpan, plan_phases
-from training.records import Records, Screen, duration, peak_memory_bytes
+from training.records import Records, Screen, described, duration, peak_memory_bytes
 from training.schedule import rate_factor_in_run
 from training.start import Start
 from yunmin.checkpoint import load_checkpoint
@@ -140,7 +139,7 @@ class Trainer:
             else:
                 torch.set_rng_state(self._rng_state)
                 self._announce_resumption(screen, self._resumed_from)
-            self._clock = _Clock()
+            self._clock = Clock()
             while self.step < self.total_steps and not self._stop_asked.is_set():
                 span = next(span for span in self.spans if span.start <= self.step < span.stop)
                 if span != self._entered:
@@ -304,7 +303,7 @@ class Trainer:
             f"+ reg {loss.regularization:.4f}{distilled}, lr {rate:.2e}, {speed:,.0f} tokens/s, {left} left"
         )
         if span.phase is Phase.GATES:
-            screen.line(f"  masking: {_described(statistics)}")
+            screen.line(f"  masking: {described(statistics)}")
 
     def _validate(self, name: str | None, records: Records, screen: Screen) -> None:
         """Held-out perplexity; kept under `name` where given."""
@@ -396,39 +395,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class _Clock:
-    """Speed over recent steps; the first one, in which everything is built, counts only until the second."""
-
-    def __init__(self) -> None:
-        self.seconds_per_step = 0.0
-        self._tokens_per_step = 0.0
-        self._steps = 0
-        self._since = time.perf_counter()
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self._tokens_per_step / max(self.seconds_per_step, 1e-9)
-
-    def tick(self, tokens: int) -> None:
-        """A step ended."""
-        seconds = time.perf_counter() - self._since
-        self._steps += 1
-        share = 1 / min(max(1, self._steps - 1), 20)
-        self.seconds_per_step += share * (seconds - self.seconds_per_step)
-        self._tokens_per_step += share * (tokens - self._tokens_per_step)
-        self.skip()
-
-    def skip(self) -> None:
-        """Whatever happened since the last step does not count."""
-        self._since = time.perf_counter()
-
-
-def _described(statistics: dict[str, Any]) -> str:
-    """Statistics in one line: numbers as they are, lists by layer."""
-
-    def shown(value: float | list[float]) -> str:
-        return f"[{' '.join(f'{v:.3f}' for v in value)}]" if isinstance(value, list) else f"{value:.3f}"
-
-    return ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in statistics.items())
