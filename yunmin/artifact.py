@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,6 +13,7 @@ from yunmin.checkpoint import Checkpoint, load_checkpoint
 from yunmin.cost import Cost
 from yunmin.errors import ArtifactError, CheckpointError, ConfigError
 from yunmin.files import sha256_file, write_json
+from yunmin.quantization.layout import Format
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -75,7 +76,7 @@ class Manifest(_Record):
     after: dict[str, int]
     cuts: list[dict[str, int]]
     parity: dict[str, Parity]
-    quantization: Literal["none"] = "none"
+    quantization: Format = "none"
 
 
 def write_manifest(
@@ -86,6 +87,7 @@ def write_manifest(
     after: Cost,
     cuts: list[dict[str, int]],
     parity: Mapping[str, Parity],
+    quantization: Format = "none",
 ) -> Manifest:
     """Hashes every file in the folder and writes `manifest.json` beside them."""
     files = {
@@ -101,6 +103,7 @@ def write_manifest(
         after=after.to_dict(),
         cuts=cuts,
         parity=dict(parity),
+        quantization=quantization,
     )
     write_json(folder / MANIFEST_FILE, manifest.model_dump())
     return manifest
@@ -143,16 +146,22 @@ def read_manifest(folder: str | Path, *, verify_files: bool = True) -> Manifest:
 
 
 def load_artifact(folder: str | Path) -> tuple[Checkpoint, Manifest]:
-    """Reads an artifact, verified by hash, name and shape.
+    """Reads an artifact, verified by hash, name and shape; `Checkpoint.quantization` says how its weights are stored.
 
     Raises:
         ArtifactError: anything is missing, changed, or does not fit.
     """
     manifest = read_manifest(folder)
     try:
-        return load_checkpoint(folder), manifest
+        checkpoint = load_checkpoint(folder, quantized=True)
     except (CheckpointError, ConfigError) as error:
         raise ArtifactError(str(error)) from None
+    if checkpoint.quantization.format != manifest.quantization:
+        raise ArtifactError(
+            f"{folder}: quantization is {manifest.quantization!r} in {MANIFEST_FILE} and "
+            f"{checkpoint.quantization.format!r} in config.json; expected the same"
+        )
+    return checkpoint, manifest
 
 
 def _check_names(path: Path, manifest: Manifest) -> None:

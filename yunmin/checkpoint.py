@@ -14,14 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from yunmin.config import MambaConfig, eos_ids
+from yunmin.config import MambaConfig, eos_ids, read_config
 from yunmin.errors import CheckpointError, ConfigError
-from yunmin.files import write_json, write_safetensors
+from yunmin.files import write_aligned_safetensors, write_json, write_safetensors
 from yunmin.model import check_tensors
+from yunmin.quantization.layout import CONFIG_KEY, FLOAT32, Quantization, check_stored
 from yunmin.tokenizer import Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json"]
+WEIGHTS_FILE = "model.safetensors"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,15 +33,17 @@ class Checkpoint:
 
     Attributes:
         config: the architecture.
-        tensors: float32 weights by Hugging Face name; a tied head is not listed.
+        tensors: float32 weights by Hugging Face name, or what a quantized checkpoint stores; a tied head is not listed.
         tokenizer: None where the folder has none.
         folder: where it was read from.
+        quantization: how the weights are stored; `yunmin.quantization.reference` makes a network of quantized ones.
     """
 
     config: MambaConfig
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer | None
     folder: Path
+    quantization: Quantization = FLOAT32
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -63,11 +67,12 @@ def find_checkpoint(source: str | Path) -> Path:
     raise CheckpointError(f"{folder}: expected a checkpoint folder or a Hub id, found no such folder")
 
 
-def load_checkpoint(source: str | Path) -> Checkpoint:
+def load_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoint:
     """Reads and checks a checkpoint.
 
     Args:
         source: anything `find_checkpoint` understands.
+        quantized: whether the caller can do with stored integers, too; else a quantized checkpoint is refused.
 
     Returns:
         The checkpoint. Its config's end-of-text ids come from `generation_config.json` where that names any, else from
@@ -75,10 +80,14 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises:
         ConfigError: the config has unknown or impossible values.
-        CheckpointError: files are missing or damaged, or tensors do not fit the config.
+        CheckpointError: files are missing or damaged, tensors do not fit the config, or the weights are quantized.
     """
     folder = find_checkpoint(source)
-    config = MambaConfig.from_file(folder / "config.json")
+    raw = read_config(folder / "config.json")
+    config = MambaConfig.from_dict(raw, where=str(folder / "config.json"))
+    quantization = Quantization.from_config(raw, where=str(folder / "config.json"))
+    if not quantized:
+        refuse_quantized(folder, quantization)
     tokenizer = Tokenizer.from_folder(folder)
     config = _with_eos(config, folder, tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -86,27 +95,58 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}"
         )
     try:
-        tensors = _canonical(config, _read_tensors(folder))
-        check_tensors(config, tensors)
+        if quantization.format == "none":
+            tensors = _canonical(config, _read_tensors(folder))
+            check_tensors(config, tensors)
+        else:
+            tensors = _read_safetensors(folder / WEIGHTS_FILE)  # mapped, not copied
+            check_stored(config, quantization, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    return Checkpoint(config, tensors, tokenizer, folder)
+    return Checkpoint(config, tensors, tokenizer, folder, quantization)
 
 
-def write_checkpoint(folder: Path, config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:
+def refuse_quantized(where: str | Path, quantization: Quantization) -> None:
+    """Refuses stored integers where float32 weights are needed.
+
+    Raises:
+        CheckpointError: the weights are quantized.
+    """
+    if quantization.format != "none":
+        raise CheckpointError(
+            f"{where}: expected float32 weights, found {quantization.format} ones; "
+            "use the run or checkpoint that this was exported from"
+        )
+
+
+def write_checkpoint(
+    folder: Path,
+    config: MambaConfig,
+    tensors: Mapping[str, Tensor],
+    quantization: Quantization = FLOAT32,
+) -> None:
     """Writes `config.json`, `generation_config.json` and `model.safetensors` as Hugging Face names them.
 
     Args:
         folder: exists already; the caller makes it atomic.
         config: the architecture.
         tensors: by Hugging Face name, as `Checkpoint.tensors`.
+        quantization: of the tensors.
     """
-    check_tensors(config, tensors)
     raw = config.to_hf()
+    if quantization.format == "none":
+        check_tensors(config, tensors)
+    else:
+        check_stored(config, quantization, tensors)
+        raw[CONFIG_KEY] = quantization.to_config()
+        # of an unknown quantization transformers would only warn, and draw the missing weights at random; widths by
+        # layer are what it refuses
+        raw |= {"intermediate_size": list(config.d_inner), "state_size": list(config.d_state)}
     write_json(folder / "config.json", raw)
     ids = {name: raw[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if raw[name] is not None}
     write_json(folder / "generation_config.json", ids)
-    write_safetensors(folder / "model.safetensors", tensors)
+    write = write_safetensors if quantization.format == "none" else write_aligned_safetensors
+    write(folder / WEIGHTS_FILE, tensors)
 
 
 def _download(hub_id: str) -> Path:
@@ -147,8 +187,8 @@ def _with_eos(config: MambaConfig, folder: Path, tokenizer: Tokenizer | None) ->
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return _read_safetensors(folder / "model.safetensors")
+    if (folder / WEIGHTS_FILE).is_file():
+        return _read_safetensors(folder / WEIGHTS_FILE)
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

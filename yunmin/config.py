@@ -221,16 +221,25 @@ class MambaConfig:
         Raises:
             ConfigError: the file is missing, no JSON object, or holds unknown or impossible values.
         """
-        path = Path(path)
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: expected a config.json, found no such file") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path}: expected JSON, {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-        return cls.from_dict(raw, where=str(path))
+        return cls.from_dict(read_config(path), where=str(path))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The content of a `config.json`.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: expected a config.json, found no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: expected JSON, {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
 
 
 def _require_positive(name: str, value: object) -> None:
@@ -305,7 +314,7 @@ _HF_FIELDS = {  # Hugging Face's key: our field, where the value is taken over a
 _HF_KNOWN = frozenset(
     {*_HF_FIELDS, *_HF_METADATA, *_HF_ALIASES, *_HF_ALIASES.values()}
     | {"state_size", "time_step_rank", "expand", "hidden_act", "eos_token_id", "rms_norm", "ssm_cfg"}
-    | {"pad_vocab_size_multiple"}
+    | {"pad_vocab_size_multiple", "quantization_config"}  # how weights are stored: yunmin.quantization reads it
 )
 
 
