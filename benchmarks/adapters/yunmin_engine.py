@@ -1,0 +1,47 @@
+"""yunmin itself, through the runtime that users get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.adapters.contract import Setup
+from yunmin import __version__
+from yunmin.language_model import LanguageModel, load
+from yunmin.state import MambaState
+from yunmin.threads import set_threads
+
+_READ_AT_ONCE = 2048  # tokens; longer texts are read in pieces, as a server would
+
+
+class YunminEngine:
+    """See `Engine`."""
+
+    can_continue = True
+
+    def __init__(self, setup: Setup) -> None:
+        self.folder = setup.model
+        self.versions = {"yunmin": __version__, "torch": torch.__version__}
+        set_threads(setup.threads)
+
+    def load(self) -> None:
+        self._logits: Tensor
+        self.model: LanguageModel = load(self.folder, device="cpu")
+
+    def start(self, batch_size: int) -> None:
+        self.state: MambaState = self.model.runtime.new_state(batch_size)
+
+    def read(self, token_ids: Sequence[int]) -> None:
+        for begin in range(0, len(token_ids), _READ_AT_ONCE):
+            piece = token_ids[begin : begin + _READ_AT_ONCE]
+            self._logits, self.state = self.model.runtime.prefill(piece, self.state)
+
+    def step(self, token_ids: Sequence[int]) -> None:
+        logits, self.state = self.model.runtime.step(token_ids, self.state)
+        self._logits = logits[0]
+
+    def logits(self) -> list[float]:
+        values: list[float] = self._logits.tolist()
+        return values

@@ -1,0 +1,46 @@
+"""Known sizes of Mamba with random weights: a benchmark of speed needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from yunmin.checkpoint import write_checkpoint
+from yunmin.config import MambaConfig
+from yunmin.errors import RequestError
+from yunmin.files import atomic_folder
+from yunmin.model import MambaLM
+
+# name -> (d_model, layers); `tiny` is for trying a command out, the others are those of the Mamba paper
+SHAPES = {"tiny": (64, 2), "130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48)}
+_VOCAB_SIZE = {"tiny": 512}
+
+
+def shape_config(name: str) -> MambaConfig:
+    """The configuration of a known size.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    if name not in SHAPES:
+        raise RequestError("--shape", f"expected one of {', '.join(SHAPES)}, found {name!r}")
+    d_model, n_layers = SHAPES[name]
+    return MambaConfig.create(vocab_size=_VOCAB_SIZE.get(name, 50280), d_model=d_model, n_layers=n_layers)
+
+
+def random_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
+    """A checkpoint with Mamba's own initialization; written once, found again later.
+
+    Args:
+        name: of the shape.
+        folder: where to write it, or where an earlier call did.
+        seed: of the weights.
+    """
+    config = shape_config(name)
+    if not (folder / "config.json").is_file():
+        with torch.no_grad():
+            model = MambaLM.initialized(config, torch.Generator().manual_seed(seed))
+        with atomic_folder(folder) as aside:
+            write_checkpoint(aside, config, model.tensors())
+    return folder
