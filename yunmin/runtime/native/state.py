@@ -1,0 +1,55 @@
+"""States as the compiled network keeps them: one stretch of memory per sequence, all layers behind one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from yunmin.runtime.native.records import padded
+from yunmin.runtime.native.weights import NativeWeights
+from yunmin.state import MambaState
+
+
+@dataclass(frozen=True)
+class NativeState(MambaState):
+    """A `MambaState` whose tensors are views of one memory.
+
+    Attributes:
+        memory: float32 (B, numbers of one sequence), contiguous.
+    """
+
+    memory: Tensor
+
+    @classmethod
+    def over(cls, weights: NativeWeights, memory: Tensor) -> NativeState:
+        """The state that lies in `memory` (B, numbers)."""
+        config, taps = weights.config, weights.config.d_conv - 1
+
+        def views(begins: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, ...]:
+            found = []
+            for begin, length, inner in zip(begins, lengths, config.d_inner, strict=True):
+                wide = padded(inner)
+                part = memory[:, begin : begin + length * wide].unflatten(1, (length, wide))  # (B, length, D padded)
+                found.append(part[:, :, :inner].transpose(1, 2))  # (B, D, length)
+            return tuple(found)
+
+        conv = views(weights.conv_begin, [taps] * config.n_layers)
+        return cls(conv, views(weights.ssm_begin, config.d_state), memory)
+
+    @classmethod
+    def empty(cls, weights: NativeWeights, batch_size: int) -> NativeState:
+        """The state before the first token."""
+        return cls.over(weights, torch.zeros(batch_size, weights.state_numbers))
+
+    @classmethod
+    def copied(cls, weights: NativeWeights, state: MambaState) -> NativeState:
+        """A copy of any state of the same model."""
+        if isinstance(state, NativeState):
+            return cls.over(weights, state.memory.clone())
+        copy = cls.empty(weights, state.batch_size)
+        for mine, theirs in zip(copy.conv + copy.ssm, state.conv + state.ssm, strict=True):
+            mine.copy_(theirs)
+        return copy
