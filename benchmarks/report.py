@@ -83,7 +83,7 @@ def latency_table(result: dict[str, Any]) -> str:
         f"{machine['cores_usable']} cores",
         f"{threads} thread{'s' if threads > 1 else ''}",
         model["device"],
-        f"scan {model['scan_backend']}",
+        f"{model['runtime']} runtime",
         f"torch {machine['torch']}",
         f"load {machine['load_average_1min']:g} before the start",
     ]

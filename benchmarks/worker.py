@@ -27,7 +27,7 @@ from yunmin.artifact import is_artifact
 from yunmin.cost import cost_of
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel, load
-from yunmin.scan import choose_backend
+from yunmin.threads import get_threads, set_threads
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def measure(model: LanguageModel, prompt_tokens: int, new_tokens: int) -> Measur
     """
     generator = torch.Generator().manual_seed(prompt_tokens)  # the same prompt for every model of this vocabulary
     prompt = torch.randint(0, model.config.n_tokens, (prompt_tokens,), generator=generator).tolist()
-    device = model.model.device
+    device = model.runtime.device
     begin = _now(device)
     logits, state = model.runtime.prefill(prompt)
     read = _now(device)
@@ -74,12 +74,11 @@ def describe(model: LanguageModel, source: str) -> dict[str, Any]:
     """Sizes and settings of a loaded model."""
     config = model.config
     cost = cost_of(config)
-    weights = model.model.tensors().values()
     return {
         "source": source,
         "folder": str(model.folder),
         "parameters": cost.parameters,
-        "weight_bytes": sum(t.nbytes for t in weights),
+        "weight_bytes": model.runtime.weight_bytes,
         "artifact_bytes": folder_bytes(model.folder) if is_artifact(model.folder) else None,
         "flops_per_token": cost.flops_per_token,
         "state_bytes": cost.state_bytes,
@@ -87,9 +86,9 @@ def describe(model: LanguageModel, source: str) -> dict[str, Any]:
         "d_inner": list(config.d_inner),
         "d_state": list(config.d_state),
         "vocab_size": config.vocab_size,
-        "device": str(model.model.device),
-        "threads": torch.get_num_threads(),
-        "scan_backend": choose_backend(model.model.device),
+        "device": str(model.runtime.device),
+        "threads": get_threads(),
+        "runtime": model.runtime.name,
     }
 
 
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     channel = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what a library prints must not break the protocol
         if options.threads is not None:
-            torch.set_num_threads(options.threads)
+            set_threads(options.threads)
         before, _ = memory_bytes()
         try:
             model = load(options.model, device=options.device)
@@ -121,8 +120,8 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(vars(found)), file=channel, flush=True)
         _, peak = memory_bytes()
         memory: dict[str, int] = {"peak_memory_bytes": peak, "memory_before_load_bytes": before}
-        if model.model.device.type == "cuda":
-            memory["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(model.model.device)
+        if model.runtime.device.type == "cuda":
+            memory["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(model.runtime.device)
         print(json.dumps(memory), file=channel, flush=True)
     return 0
 

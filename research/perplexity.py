@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from yunmin.errors import DataError, TokenizerError
 from yunmin.language_model import LanguageModel
 from yunmin.perplexity import perplexity
-from yunmin.tokenizer import Tokenizer
+from yunmin.perplexity import token_stream as token_stream
 
 
 def evaluate_perplexity(
@@ -52,12 +51,11 @@ def evaluate_perplexity(
     if words == 0:
         raise DataError("the text to score has no words")
     found = perplexity(
-        model.model,
+        model.runtime.forward,
         token_ids,
         window=window,
         stride=stride,
         batch_size=batch_size,
-        device=model.model.device,
         progress=progress,
     )
     nll = found.mean_nll * found.tokens
@@ -72,30 +70,3 @@ def evaluate_perplexity(
         "window": found.window,
         "stride": found.stride,
     }
-
-
-def token_stream(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int | None) -> tuple[list[int], list[str]]:
-    """Ids of which all but the first are scored, and the pieces of text that the scored ones spell.
-
-    Args:
-        tokenizer: encodes; its end-of-text token, where it has one, goes before each text.
-        texts: read only as far as needed.
-        max_tokens: ids to score at most; None for all.
-    """
-    separator = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    room = sys.maxsize if max_tokens is None else max_tokens + 1
-    token_ids: list[int] = []
-    scored: list[str] = []
-    for text in texts:
-        token_ids += separator
-        if len(token_ids) >= room:
-            break
-        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-        taken = encoding.ids[: room - len(token_ids)]
-        if not taken:
-            continue
-        begin = 0 if token_ids else encoding.offsets[0][1]  # the first id of all is read, not scored
-        end = len(text) if len(taken) == len(encoding.ids) else encoding.offsets[len(taken) - 1][1]
-        scored.append(text[begin:end])
-        token_ids += taken
-    return token_ids[:room], scored

@@ -19,6 +19,7 @@ from serving.metrics import Metrics
 from serving.settings import read_settings, require_artifact
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel, load
+from yunmin.threads import set_threads
 
 _MARGIN_S = 30.0
 _app = create_app()
@@ -40,10 +41,8 @@ def served_model() -> LanguageModel:
     """
     settings = read_settings()
     if settings.threads:
-        import torch
-
-        torch.set_num_threads(settings.threads)
-    return load(require_artifact(settings), device=settings.device)
+        set_threads(settings.threads)
+    return load(require_artifact(settings), device=settings.device, runtime=settings.runtime)
 
 
 # BentoML bounds the time to the first byte, and keeps a timer for each request that long; the engine's own deadline

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from yunmin.artifact import is_artifact, load_artifact
+from yunmin.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.errors import ConfigError, RequestError, TokenizerError
 from yunmin.generate import Completion, Generation, Piece
 from yunmin.model import MambaLM
+from yunmin.pillars import is_trained_here
+from yunmin.quantization.reference import network_of
+from yunmin.runtime import Runtime
 from yunmin.runtime.torch_runtime import TorchRuntime
 from yunmin.sampling import sampling_params_from
 from yunmin.state import MambaState, Snapshot, load_snapshot, save_snapshot
@@ -31,31 +35,38 @@ class LanguageModel:
     """A model ready to generate.
 
     Attributes:
-        model: the network, in evaluation mode.
-        runtime: runs it.
+        runtime: runs the network.
         tokenizer: None where the folder has none; prompts are then token ids.
         folder: where it was read from.
+
+    Args:
+        runtime, tokenizer, folder: as above.
+        fingerprint: computes the fingerprint when it is first asked for.
     """
 
-    def __init__(self, model: MambaLM, tokenizer: Tokenizer | None, folder: Path) -> None:
-        self.model = model
-        self.runtime = TorchRuntime(model)
+    def __init__(
+        self, runtime: Runtime, tokenizer: Tokenizer | None, folder: Path, fingerprint: Callable[[], str]
+    ) -> None:
+        self.runtime = runtime
         self.tokenizer = tokenizer
         self.folder = folder
+        self._fingerprint = fingerprint
+
+    @classmethod
+    def of_network(cls, model: MambaLM, tokenizer: Tokenizer | None, folder: Path) -> LanguageModel:
+        """A network in evaluation mode, run by torch on its device."""
+        gates = {name: t for name, t in model.named_buffers() if t.numel()}
+        tensors = model.state_dict() | gates
+        return cls(TorchRuntime(model), tokenizer, folder, lambda: fingerprint_of(model.config, tensors))
 
     @property
     def config(self) -> MambaConfig:
-        return self.model.config
+        return self.runtime.config
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over config, weights, gates and adapters; saved states carry it."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        gates = {name: t for name, t in self.model.named_buffers() if t.numel()}
-        for name, tensor in sorted((self.model.state_dict() | gates).items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return self._fingerprint()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt given as text or as ids.
@@ -82,9 +93,9 @@ class LanguageModel:
         return self.runtime.prefill(self.encode(prompt), state)
 
     def step(self, token_id: int, state: MambaState) -> tuple[Tensor, MambaState]:
-        """One more token of one sequence: logits (V,) and the next state."""
-        logits, state = self.runtime.step(self.encode([token_id]), state)
-        return logits[0], state
+        """One more token of one sequence: logits (V,) and the next state; the one given is not modified."""
+        logits, state = self.runtime.step(self.encode([token_id]), state.copy())
+        return logits[0].clone(), state
 
     def snapshot(self, prompt: Prompt, after: Snapshot | None = None) -> Snapshot:
         """Reads a prompt (after a snapshot, where given) into a snapshot to continue from, save or fork."""
@@ -124,7 +135,7 @@ class LanguageModel:
             StateError: the file is missing, damaged or another model's.
         """
         snapshot = load_snapshot(path, self.config, self.fingerprint)
-        return replace(snapshot, state=snapshot.state.to(self.model.device))
+        return replace(snapshot, state=snapshot.state.to(self.runtime.device))
 
     def _start(self, prompt: Prompt | Snapshot, params: dict[str, Any]) -> tuple[Generation, Snapshot]:
         sampling = sampling_params_from(params)
@@ -135,7 +146,7 @@ class LanguageModel:
         return Generation(sampling, start.token_ids, self.config, self.tokenizer, sampler_state), start
 
     def _run(self, generation: Generation, start: Snapshot) -> Iterator[Piece]:
-        logits, state = start.logits, start.state
+        logits, state = start.logits, start.state.copy()  # steps may write over it
         while True:
             piece = generation.advance(logits)
             yield piece
@@ -146,27 +157,64 @@ class LanguageModel:
             logits = batch_logits[0]
 
 
-def load(source: str | Path, *, device: str = "auto") -> LanguageModel:
+def load(
+    source: str | Path, *, device: str = "auto", runtime: Literal["auto", "native", "torch"] = "auto"
+) -> LanguageModel:
     """Loads an artifact, a run folder, a checkpoint of it, or a plain Mamba checkpoint.
 
     Args:
         source: the folder, or a Hub id when online.
         device: a torch device, or "auto" for CUDA where there is one and the CPU otherwise.
+        runtime: "native" code (CPUs only; no gates or adapters beside the weights), "torch", or "auto": native wherever
+            it can be.
 
     Raises:
         CheckpointError: missing or damaged files.
         ArtifactError: an artifact that does not match its manifest.
-        ConfigError: unknown or impossible configuration, or no such device.
+        ConfigError: unknown or impossible configuration, no such device, or a runtime that cannot run this.
     """
-    if is_artifact(source):
-        checkpoint, _ = load_artifact(source)
-        model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors)
-    else:
-        model, checkpoint = load_trained(source)
+    if runtime not in ("auto", "native", "torch"):
+        raise ConfigError(f"runtime must be 'auto', 'native' or 'torch', got {runtime!r}")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and runtime != "native" else "cpu"
+    if runtime == "native" and device != "cpu":
+        raise ConfigError(f"the native runtime runs on the CPU, not on {device!r}")
+    folder = find_checkpoint(source)
+    if not is_artifact(folder) and is_trained_here(folder):
+        if runtime == "native":
+            raise ConfigError(f"{folder}: the native runtime runs no gates or adapters; export it first")
+        model, checkpoint = load_trained(folder)
+        return LanguageModel.of_network(_moved(model, device), checkpoint.tokenizer, checkpoint.folder)
+    checkpoint, fingerprint = _load_plain(folder)
+    if device == "cpu" and runtime != "torch":
+        from yunmin.runtime.native.runtime import NativeRuntime  # imports numba
+
+        return LanguageModel(NativeRuntime(checkpoint), checkpoint.tokenizer, checkpoint.folder, fingerprint)
+    network = TorchRuntime(_moved(network_of(checkpoint), device))
+    return LanguageModel(network, checkpoint.tokenizer, checkpoint.folder, fingerprint)
+
+
+def fingerprint_of(config: MambaConfig, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a config and tensors by name."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _load_plain(folder: Path) -> tuple[Checkpoint, Callable[[], str]]:
+    """A checkpoint that is nothing but weights, and how to compute its fingerprint."""
+    if not is_artifact(folder):
+        checkpoint = load_checkpoint(folder)
+        return checkpoint, lambda: fingerprint_of(checkpoint.config, checkpoint.tensors)
+    checkpoint, manifest = load_artifact(folder)
+    facts = json.dumps(asdict(checkpoint.config), sort_keys=True) + manifest.files["model.safetensors"].sha256
+    return checkpoint, lambda: hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _moved(model: MambaLM, device: str) -> MambaLM:
     try:
-        model = model.to(device)
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return LanguageModel(model, checkpoint.tokenizer, checkpoint.folder)

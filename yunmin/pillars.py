@@ -140,6 +140,11 @@ def read_scan_order(folder: Path, config: MambaConfig) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(rows[layer, :inner].copy()) for layer, inner in enumerate(config.d_inner))
 
 
+def is_trained_here(folder: Path) -> bool:
+    """Whether gates, masks or adapters lie beside a checkpoint's weights."""
+    return (folder / PILLARS_FILE).is_file() or bool(adapter_folders(folder))
+
+
 def adapter_folders(folder: Path) -> dict[str, Path]:
     """The adapters beside a checkpoint: {"lora": ..., "ia3": ...}, those that are there."""
     paths = {name: folder / "adapters" / name for name in ADAPTERS}

@@ -34,18 +34,18 @@ def set_threads(count: int) -> None:
 
 
 def get_threads() -> int:
-    """The number set, else that of `YUNMIN_THREADS`, else torch's own (which respects `OMP_NUM_THREADS`).
+    """The number set, else that of `YUNMIN_THREADS`, else (or where that is 0) torch's own.
 
     Raises:
-        ConfigError: `YUNMIN_THREADS` is no positive number.
+        ConfigError: `YUNMIN_THREADS` is no number.
     """
     if _chosen is None:
         text = os.environ.get(_VARIABLE, "")
-        if not text:
+        if not text:  # `torch.set_num_threads` is then followed, too
             return torch.get_num_threads()
-        if not text.isdecimal() or int(text) < 1:
-            raise ConfigError(f"{_VARIABLE} must be a positive number, got {text!r}")
-        set_threads(int(text))
+        if not text.isdecimal():
+            raise ConfigError(f"{_VARIABLE} must be a number, got {text!r}")
+        set_threads(int(text) or torch.get_num_threads())
     assert _chosen is not None
     return _chosen
 

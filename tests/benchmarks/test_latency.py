@@ -79,7 +79,7 @@ def test_a_request_is_one_prefill_and_one_step_for_each_further_token(folders: l
 
 def test_description_counts_the_tensors_that_are_there() -> None:
     model = random_model()
-    found = describe(LanguageModel(model, None, Path("nowhere")), "source")
+    found = describe(LanguageModel.of_network(model, None, Path("nowhere")), "source")
     assert found["parameters"] == sum(t.numel() for t in model.tensors().values())
     assert found["weight_bytes"] == 4 * found["parameters"]
     assert found["artifact_bytes"] is None

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from research.perplexity import evaluate_perplexity, token_stream
+from research.perplexity import evaluate_perplexity
 from tests.models import TEXT, random_model, write_model
 from yunmin.cli import main
 from yunmin.corpus import read_documents, split_documents, texts_of
 from yunmin.errors import DataError, TokenizerError
 from yunmin.language_model import LanguageModel
+from yunmin.perplexity import token_stream
 from yunmin.tokenizer import Tokenizer
 
 TEXTS = [TEXT, "a second text, with its own words\n", "dritter Text – größer"]
@@ -26,7 +27,7 @@ TOKENIZER = Tokenizer.train(TEXTS, 290)
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return LanguageModel(random_model(), TOKENIZER, Path("nowhere"))
+    return LanguageModel.of_network(random_model(), TOKENIZER, Path("nowhere"))
 
 
 def test_measures_equal_the_cross_entropy_computed_by_hand(model: LanguageModel) -> None:
@@ -34,7 +35,7 @@ def test_measures_equal_the_cross_entropy_computed_by_hand(model: LanguageModel)
     eos = TOKENIZER.eos_id
     assert eos is not None
     ids = torch.tensor([token for text in TEXTS for token in (eos, *TOKENIZER.encode(text))])
-    logits = model.model(ids[None, :-1])[0]
+    logits = model.runtime.forward(ids[None, :-1])[0]
     nll = F.cross_entropy(logits, ids[1:], reduction="sum").item()
     joined = "".join(TEXTS)
     assert result["tokens"] == len(ids) - 1
@@ -76,7 +77,7 @@ def test_longer_windows_and_overlap_change_what_is_read_not_what_is_scored(model
 
 def test_model_without_tokenizer_and_text_without_words_are_refused(model: LanguageModel) -> None:
     with pytest.raises(TokenizerError, match=r"no tokenizer.json"):
-        evaluate_perplexity(LanguageModel(model.model, None, Path("nowhere")), TEXTS)
+        evaluate_perplexity(LanguageModel(model.runtime, None, Path("nowhere"), lambda: ""), TEXTS)
     with pytest.raises(DataError, match="no words"):
         evaluate_perplexity(model, [" \n "])
 

@@ -27,7 +27,7 @@ def engine(model: LanguageModel) -> Iterator[Engine]:
 def app_without_tokenizer(model: LanguageModel, engine: Engine) -> Starlette:
     app = create_app()
     settings = read_settings({"YUNMIN_ARTIFACT": "bare", "YUNMIN_MAX_TOKENS": "100"})
-    app.state.backend = Backend(LanguageModel(model.model, None, Path("bare")), engine, settings)
+    app.state.backend = Backend(LanguageModel(model.runtime, None, Path("bare"), lambda: ""), engine, settings)
     return app
 
 

@@ -29,6 +29,8 @@ POISON = 13
 class WatchedRuntime:
     """The model's own runtime, with a record of calls and places to interfere."""
 
+    name = "watched"
+
     def __init__(self, model: LanguageModel) -> None:
         self.inner = model.runtime
         self.calls: list[str] = []
@@ -38,6 +40,17 @@ class WatchedRuntime:
     @property
     def config(self) -> MambaConfig:
         return self.inner.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.inner.weight_bytes
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner.forward(input_ids)
 
     def new_state(self, batch_size: int) -> MambaState:
         return self.inner.new_state(batch_size)

@@ -73,7 +73,7 @@ def test_a_checkpoint_computes_the_validation_perplexity_of_its_step(learned: Tr
     config = load_config(learned.run / "config.yaml")
     model = yunmin.load(learned.run, device="cpu")
     held_out = continue_from(config, load_checkpoint(learned.checkpoint)).data.validation
-    measured = perplexity(model.model, held_out, window=config.sequence_length, stride=config.sequence_length)
+    measured = perplexity(model.runtime.forward, held_out, window=config.sequence_length, stride=config.sequence_length)
     assert measured.token_perplexity == pytest.approx(learned.validations["adapters"], rel=1e-5)
     assert model.generate("def scan(", max_tokens=8, temperature=0).token_ids
 
@@ -224,7 +224,7 @@ def test_distillation_pulls_the_recovering_model_towards_its_start(tmp_path: Pat
 def _divergence(start: Path, end: Path) -> float:
     ids = random_ids(small_config(), 4, 24)
     with torch.no_grad():
-        own, teacher = (torch.log_softmax(yunmin.load(f, device="cpu").model(ids), -1) for f in (end, start))
+        own, teacher = (torch.log_softmax(yunmin.load(f, device="cpu").runtime.forward(ids), -1) for f in (end, start))
     return float((teacher.exp() * (teacher - own)).sum(-1).mean())
 
 

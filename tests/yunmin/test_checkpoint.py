@@ -20,7 +20,9 @@ from yunmin.checkpoint import find_checkpoint, load_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.errors import CheckpointError, YunminError
 from yunmin.files import write_json
+from yunmin.language_model import LanguageModel
 from yunmin.model import MambaLM
+from yunmin.quantization.reference import network_of
 
 SSM_CONFIG = {"d_model": 24, "n_layer": 2, "vocab_size": 261, "ssm_cfg": {"d_state": 5, "dt_rank": 3}}
 
@@ -41,8 +43,7 @@ def test_a_mamba_ssm_folder_is_read_and_its_padding_never_sampled(tmp_path: Path
     assert (checkpoint.config.vocab_size, checkpoint.config.n_tokens) == (264, 261)
     assert all(torch.equal(checkpoint.tensors[n], t) for n, t in tensors.items())
     checkpoint.tensors["backbone.embeddings.weight"][261:] *= 100  # padding rows that would win
-    model = yunmin.load(tmp_path / "m")
-    model.model.backbone.embeddings.weight.data[261:] *= 100
+    model = LanguageModel.of_network(network_of(checkpoint), None, checkpoint.folder)
     completion = model.generate([1, 2, 3], max_tokens=40, seed=0, temperature=3.0)
     assert max(completion.token_ids) < 261
     with pytest.raises(YunminError, match=r"token ids must lie in 0\.\.260, got 261"):
@@ -59,7 +60,7 @@ def test_a_written_folder_loads_in_transformers_with_equal_logits(tmp_path: Path
         ours = yunmin.load(folder)
         ids = random_ids(config, 2, 9)
         with torch.no_grad():
-            torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+            torch.testing.assert_close(ours.runtime.forward(ids), theirs(ids).logits, rtol=0, atol=1e-4)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         text = "Grüße, 速い 👍🏽 def f():"
         assert ours.tokenizer is not None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 import yunmin
-from tests.models import hf_model, random_pillars, small_config, write_adapters, write_model
+from tests.models import hf_model, random_pillars, random_tensors, small_config, write_adapters, write_model
+from yunmin.checkpoint import write_checkpoint
 from yunmin.errors import ConfigError, RequestError, TokenizerError, YunminError
 from yunmin.generate import Generation
 from yunmin.language_model import LanguageModel
@@ -93,7 +94,7 @@ def test_prefill_and_step_are_the_models_logits(model: LanguageModel) -> None:
     logits, state = model.step(4, state)
     logits, _ = model.prefill([5, 6], state)
     with torch.no_grad():
-        expected = model.model(torch.tensor([[1, 2, 3, 4, 5, 6]]))[0, -1]
+        expected = model.runtime.forward(torch.tensor([[1, 2, 3, 4, 5, 6]]))[0, -1]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
@@ -136,10 +137,15 @@ def test_without_a_tokenizer_ids_work_and_text_is_refused(tmp_path: Path) -> Non
         model.generate([1], stop="x")
 
 
-def test_a_model_that_gives_nan_says_so(model: LanguageModel) -> None:
-    model.model.backbone.norm_f.weight.data[0] = float("nan")
+@pytest.mark.parametrize("runtime", ["native", "torch"])
+def test_a_model_that_gives_nan_says_so(tmp_path: Path, runtime: Literal["native", "torch"]) -> None:
+    config = small_config()
+    tensors = random_tensors(config)
+    tensors["backbone.norm_f.weight"][0] = float("nan")
+    write_checkpoint(tmp_path, config, tensors)
+    model = yunmin.load(tmp_path, runtime=runtime)
     with pytest.raises(YunminError, match="not finite"):
-        model.generate("a", max_tokens=2)
+        model.generate([1], max_tokens=2)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])

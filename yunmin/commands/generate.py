@@ -33,17 +33,22 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     arguments.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     arguments.add_argument("--device", default="auto", help="torch device (auto)")
+    arguments.add_argument("--runtime", choices=("auto", "native", "torch"), default="auto", help="(auto)")
+    arguments.add_argument("--threads", type=int, metavar="N", help="CPU threads (all)")
     arguments.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     options = arguments.parse_args(argv)
 
     from yunmin.language_model import load
     from yunmin.sampling import sampling_params_from
+    from yunmin.threads import set_threads
 
     text_or_ids = _prompt(options.prompt, options.prompt_file, options.token_ids)
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
     params = {name: getattr(options, name) for name in names}
     sampling_params_from(params)  # refuses what is impossible before a model is loaded
-    model = load(options.model, device=options.device)
+    if options.threads is not None:
+        set_threads(options.threads)
+    model = load(options.model, device=options.device, runtime=options.runtime)
     if options.json:
         completion = model.generate(text_or_ids, **params)
         print_json(

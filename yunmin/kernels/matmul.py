@@ -68,7 +68,9 @@ def quantize_row(activations: Any, row: int, used: int) -> None:
         peak = larger(magnitude(value), peak)
         poison = poison + value * 0.0
     highest = largest(peak)
-    inverse = np.float32(127.0) / highest if highest > 0 else np.float32(0.0)
+    inverse = np.float32(127.0) / highest
+    if not inverse < np.inf:  # a row of zeros, or so close to zero that its inverse overflows
+        inverse = np.float32(0.0)
     floats_at(activations[SCALE] + 4 * row, 1)[0] = highest / np.float32(127.0) + total(poison)
     whole = np.int32(0)
     for group in range(groups):

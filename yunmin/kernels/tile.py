@@ -14,7 +14,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from yunmin.kernels.dot import BYTE, BYTES, INT, INTS, LANES, LONG, call_intrinsic, emit_dot, splat_int, target_features
+from yunmin.kernels.dot import BYTES, INT, LANES, LONG, call_intrinsic, emit_dot, splat_int, target_features
 
 GROUP = 32  # inputs that share a scale in int4
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)

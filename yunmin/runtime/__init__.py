@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from yunmin.config import MambaConfig
@@ -12,21 +13,41 @@ from yunmin.state import MambaState
 
 
 class Runtime(Protocol):
-    """Computes logits and states; knows token ids, not text."""
+    """Computes logits and states; knows token ids, not text. One call at a time."""
+
+    name: str
 
     @property
     def config(self) -> MambaConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that it computes with; a tied head counts once."""
+        ...
 
     def new_state(self, batch_size: int) -> MambaState:
         """States before the first token; also a pool of slots for `gather` and `scatter`."""
         ...
 
     def prefill(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        """Reads one sequence: ids (L,), a state of batch size 1 or None -> logits (V,) after the last, and state."""
+        """Reads one sequence: ids (L,), a state of batch size 1 or None -> logits (V,) after the last, and state.
+
+        The state given is not modified.
+        """
         ...
 
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
-        """One token for each of B sequences -> logits (B, V) and the next state; `state` may be reused by the call."""
+        """One token for each of B sequences -> logits (B, V) and the next state.
+
+        The call may write the next state over the one given, and the next call over these logits.
+        """
+        ...
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Whole sequences from the empty state: int64 ids (B, L) -> logits (B, L, V)."""
         ...
 
     def gather(self, pool: MambaState, slots: Sequence[int]) -> MambaState:

@@ -19,12 +19,23 @@ class TorchRuntime:
         model: on its device, in evaluation mode.
     """
 
+    name = "torch"
+
     def __init__(self, model: MambaLM) -> None:
         self.model = model
 
     @property
     def config(self) -> MambaConfig:
         return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(tensors.values())
 
     def new_state(self, batch_size: int) -> MambaState:
         return self.model.new_state(batch_size)
@@ -38,6 +49,11 @@ class TorchRuntime:
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
         return self.model.step(torch.tensor(list(token_ids), dtype=torch.int64, device=self.model.device), state)
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids.to(self.model.device))
+        return logits
 
     @torch.inference_mode()
     def gather(self, pool: MambaState, slots: Sequence[int]) -> MambaState:

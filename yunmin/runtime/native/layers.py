@@ -151,5 +151,3 @@ def scan(
 def share(count: int, rank: int, size: int) -> tuple[int, int]:
     """The part of 0..count that a thread does."""
     return count * rank // size, count * (rank + 1) // size
-
-

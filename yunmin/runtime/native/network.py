@@ -1,7 +1,7 @@
 """The whole network as one kernel: every thread of a team runs it and does its share of each part.
 
-Rows (positions) are divided for norms and for rounding, outputs for products, channels for convolution and scan. Where a
-part reads what others wrote, the team meets; a thread convolves and scans the very channels that it projected.
+Rows (positions) are divided for norms and for rounding, outputs for products, channels for convolution and scan. Where
+a part reads what others wrote, the team meets; a thread convolves and scans the very channels that it projected.
 """
 
 from __future__ import annotations

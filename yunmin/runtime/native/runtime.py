@@ -45,6 +45,8 @@ class NativeRuntime:
         checkpoint: as stored.
     """
 
+    name = "native"
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._weights = prepare_weights(checkpoint.config, checkpoint.quantization, checkpoint.tensors)
         self._scratch = Scratch(self._weights, 1, get_threads())
@@ -53,6 +55,14 @@ class NativeRuntime:
     @property
     def config(self) -> MambaConfig:
         return self._weights.config
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self._weights.kept}.values())
 
     def new_state(self, batch_size: int) -> NativeState:
         return NativeState.empty(self._weights, batch_size)
@@ -95,16 +105,13 @@ class NativeRuntime:
         return logits
 
     def gather(self, pool: MambaState, slots: Sequence[int]) -> NativeState:
-        own = pool if isinstance(pool, NativeState) else NativeState.copied(self._weights, pool)
-        return NativeState.over(self._weights, own.memory.index_select(0, torch.tensor(list(slots), dtype=torch.int64)))
+        gathered = pool.gather(slots)
+        return gathered if isinstance(gathered, NativeState) else NativeState.copied(self._weights, gathered)
 
     def scatter(self, pool: MambaState, slots: Sequence[int], state: MambaState) -> None:
-        if isinstance(pool, NativeState) and isinstance(state, NativeState):
-            pool.memory.index_copy_(0, torch.tensor(list(slots), dtype=torch.int64), state.memory)
-        else:
-            pool.scatter_(slots, state)
+        pool.scatter_(slots, state)
 
-    def _run(self, ids: np.ndarray, state: NativeState, logits: Tensor, *, all_positions: bool = False) -> None:  # type: ignore[type-arg]
+    def _run(self, ids: np.ndarray, state: NativeState, logits: Tensor, *, all_positions: bool = False) -> None:
         """Reads ids (B, T), T >= 1; updates the state; fills logits (B or B*T, width)."""
         batch, length = ids.shape
         if state.batch_size != batch:

@@ -19,9 +19,11 @@ class NativeState(MambaState):
 
     Attributes:
         memory: float32 (B, numbers of one sequence), contiguous.
+        weights: of the model, which decide where a layer's states lie.
     """
 
     memory: Tensor
+    weights: NativeWeights
 
     @classmethod
     def over(cls, weights: NativeWeights, memory: Tensor) -> NativeState:
@@ -37,18 +39,33 @@ class NativeState(MambaState):
             return tuple(found)
 
         conv = views(weights.conv_begin, [taps] * config.n_layers)
-        return cls(conv, views(weights.ssm_begin, config.d_state), memory)
+        return cls(conv, views(weights.ssm_begin, config.d_state), memory, weights)
 
     @classmethod
     def empty(cls, weights: NativeWeights, batch_size: int) -> NativeState:
         """The state before the first token."""
         return cls.over(weights, torch.zeros(batch_size, weights.state_numbers))
 
+    def copy(self) -> NativeState:
+        return self._over(self.memory.clone())
+
+    def gather(self, rows: Sequence[int]) -> NativeState:
+        return self._over(self.memory.index_select(0, torch.tensor(list(rows), dtype=torch.int64)))
+
+    def scatter_(self, rows: Sequence[int], source: MambaState) -> None:
+        if isinstance(source, NativeState):
+            self.memory.index_copy_(0, torch.tensor(list(rows), dtype=torch.int64), source.memory)
+        else:
+            super().scatter_(rows, source)
+
+    def _over(self, memory: Tensor) -> NativeState:
+        return NativeState.over(self.weights, memory)
+
     @classmethod
     def copied(cls, weights: NativeWeights, state: MambaState) -> NativeState:
         """A copy of any state of the same model."""
         if isinstance(state, NativeState):
-            return cls.over(weights, state.memory.clone())
+            return state.copy()
         copy = cls.empty(weights, state.batch_size)
         for mine, theirs in zip(copy.conv + copy.ssm, state.conv + state.ssm, strict=True):
             mine.copy_(theirs)
