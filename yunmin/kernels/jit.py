@@ -41,8 +41,8 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def inline(function: Callable[..., Any]) -> Any:
-    """Compiles a part of kernels, which becomes part of their code."""
-    return numba.njit(nogil=True, error_model="numpy", fastmath=set(FLOAT_RULES), inline="always")(function)
+    """Compiles a part of kernels; LLVM makes it part of their code."""
+    return numba.njit(nogil=True, error_model="numpy", fastmath=set(FLOAT_RULES))(function)
 
 
 @functools.cache

@@ -94,7 +94,7 @@ def project(
     block_end: int,
     out: int,
     out_stride: int,
-    adds: bool,
+    adds: int,
     sums_address: int,
 ) -> None:
     """Multiplies some rows of activations with some blocks of a weight.
@@ -106,8 +106,10 @@ def project(
         block_begin, block_end: blocks of 16 outputs.
         out: address of float32 (rows, out_stride); block 0 goes to its first columns.
         out_stride: numbers between its rows.
-        adds: whether results are added to what is there.
+        adds: 1 where results are added to what is there, else 0.
         sums_address: of TILE_NUMBERS 32-bit numbers to work in.
+
+    Callers pass no literals: numba would compile all of this once more for each.
     """
     kind = weight[KIND]
     width = activations[WIDTH]
@@ -139,7 +141,7 @@ def _finish(
     blocks: int,
     out: int,
     out_stride: int,
-    adds: bool,
+    adds: int,
     sums_address: int,
 ) -> None:
     """Scales a tile's sums, adds the bias, and stores them."""
@@ -189,9 +191,6 @@ def _tile_int8(
     if left >= 6:
         multiply_int8(6, 1, x, width, start, w, stride, steps, sums)
         return 6
-    if left >= 2:
-        multiply_int8(2, 1, x, width, start, w, stride, steps, sums)
-        return 2
     multiply_int8(1, 1, x, width, start, w, stride, steps, sums)
     return 1
 
@@ -218,9 +217,6 @@ def _tile_int4(
     if left >= 6:
         multiply_int4(6, 1, x, width, start, start_stride, w, stride, s, scale_stride, groups, sums)
         return 6
-    if left >= 2:
-        multiply_int4(2, 1, x, width, start, start_stride, w, stride, s, scale_stride, groups, sums)
-        return 2
     multiply_int4(1, 1, x, width, start, start_stride, w, stride, s, scale_stride, groups, sums)
     return 1
 
@@ -248,8 +244,5 @@ def _tile_float32(
     if left >= 6:
         multiply_float32(6, 1, x, 4 * width, w, stride, inputs, sums)
         return 6
-    if left >= 2:
-        multiply_float32(2, 1, x, 4 * width, w, stride, inputs, sums)
-        return 2
     multiply_float32(1, 1, x, 4 * width, w, stride, inputs, sums)
     return 1

@@ -14,9 +14,10 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from yunmin.kernels.dot import BYTES, INT, LANES, LONG, call_intrinsic, emit_dot, splat_int, target_features
+from yunmin.kernels.dot import BYTE, BYTES, INT, LANES, LONG, call_intrinsic, emit_dot, splat_int, target_features
 
 GROUP = 32  # inputs that share a scale in int4
+_PREFETCHING_ROWS = 4  # fewer wait for memory anyway
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
 
@@ -63,6 +64,9 @@ def multiply_int8(
         def body(step: Any, carried: list[Any]) -> list[Any]:
             offset = builder.mul(step, _long(4 * LANES))
             loaded = [_load(builder, builder.add(block, offset), BYTES) for block in w_blocks]
+            if rows.literal_value >= _PREFETCHING_ROWS:
+                following = builder.add(offset, builder.mul(block_stride, _long(blocks.literal_value)))
+                _prefetch(builder, [builder.add(block, following) for block in w_blocks])
             quads = [_load(builder, builder.add(row, builder.mul(step, _long(4))), INT) for row in x_rows]
             pairs = [(quad, w) for quad in quads for w in loaded]
             return [emit_dot(builder, s, w, quad, features) for s, (quad, w) in zip(carried, pairs, strict=True)]
@@ -219,6 +223,17 @@ def _addresses(builder: Any, first: Any, stride: Any, count: int) -> list[Any]:
 
 def _load(builder: Any, address: Any, kind: Any) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _prefetch(builder: Any, addresses: list[Any]) -> None:
+    """Asks for the blocks that come next while this tile computes; harmless where there are none."""
+    kind, number = BYTE.as_pointer(), INT
+    prefetch = builder.module.declare_intrinsic(
+        "llvm.prefetch", (kind,), ir.FunctionType(ir.VoidType(), [kind, number, number, number])
+    )
+    read, second_level_cache, data = number(0), number(2), number(1)
+    for address in addresses:
+        builder.call(prefetch, [builder.inttoptr(address, kind), read, second_level_cache, data])
 
 
 def _store_all(builder: Any, first: Any, values: list[Any]) -> None:

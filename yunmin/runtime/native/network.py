@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from yunmin.kernels.barrier import meet
 from yunmin.kernels.jit import inline, jit
 from yunmin.kernels.matmul import (
@@ -86,6 +88,7 @@ def _run_layer(
 ) -> None:
     """One residual block over `batch` sequences of `length` positions; leaves the team together."""
     rows, inner = batch * length, layer[INNER]
+    zero, one = np.int64(0), np.int64(1)  # no literals, see `project`
     width = (model[MODEL_WIDTH] + LANES - 1) // LANES * LANES
     begin, end = share(rows, rank, size)
     first, last = share(inner // LANES, rank, size)
@@ -99,8 +102,8 @@ def _run_layer(
     meet(scratch[MEETING], size)
 
     xz, xz_stride, half = scratch[XZ], scratch[XZ_STRIDE], inner // LANES
-    project(in_proj, hidden, 0, rows, first, last, xz, xz_stride, False, private)
-    project(in_proj, hidden, 0, rows, half + first, half + last, xz, xz_stride, False, private)
+    project(in_proj, hidden, zero, rows, first, last, xz, xz_stride, zero, private)
+    project(in_proj, hidden, zero, rows, half + first, half + last, xz, xz_stride, zero, private)
     convolve(layer, scratch, states, model[STATE_NUMBERS], model[TAPS], batch, length, first * LANES, last * LANES)
     meet(scratch[MEETING], size)
 
@@ -111,14 +114,14 @@ def _run_layer(
 
     maps, maps_stride = scratch[MAPS], scratch[MAPS_STRIDE]
     if rows >= TILE_ROWS * size:  # few outputs: whole tiles come from dividing the rows
-        project(x_proj, convolved, begin, end, 0, x_proj[BLOCKS], maps, maps_stride, False, private)
+        project(x_proj, convolved, begin, end, zero, x_proj[BLOCKS], maps, maps_stride, zero, private)
     else:
         x_first, x_last = share(x_proj[BLOCKS], rank, size)
-        project(x_proj, convolved, 0, rows, x_first, x_last, maps, maps_stride, False, private)
+        project(x_proj, convolved, zero, rows, x_first, x_last, maps, maps_stride, zero, private)
     meet(scratch[MEETING], size)
 
     _copy_step_sizes(step_sizes, maps, maps_stride, rows, layer[RANK], dt_proj[KIND] != FLOAT32)
-    project(dt_proj, step_sizes, 0, rows, first, last, scratch[DELTA], scratch[DELTA_STRIDE], False, private)
+    project(dt_proj, step_sizes, zero, rows, first, last, scratch[DELTA], scratch[DELTA_STRIDE], zero, private)
     scan(layer, scratch, states, model[STATE_NUMBERS], batch, length, first * LANES, last * LANES, rank)
     meet(scratch[MEETING], size)
 
@@ -128,7 +131,7 @@ def _run_layer(
         meet(scratch[MEETING], size)
 
     out_first, out_last = share(out_proj[BLOCKS], rank, size)
-    project(out_proj, gated, 0, rows, out_first, out_last, scratch[RESIDUAL], width, True, private)
+    project(out_proj, gated, zero, rows, out_first, out_last, scratch[RESIDUAL], width, one, private)
     meet(scratch[MEETING], size)
 
 
@@ -188,4 +191,5 @@ def run_network(
     meet(scratch[MEETING], size)
     first, last = share(head[BLOCKS], rank, size)
     private = scratch[PRIVATE] + rank * scratch[PRIVATE_STRIDE]
-    project(head, scratch[HIDDEN:CONVOLVED], 0, wanted, first, last, logits, head[BLOCKS] * LANES, False, private)
+    zero = np.int64(0)
+    project(head, scratch[HIDDEN:CONVOLVED], zero, wanted, first, last, logits, head[BLOCKS] * LANES, zero, private)
