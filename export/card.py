@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from yunmin.artifact import Parity
+from yunmin.artifact import Parity, PerplexityRecord
 from yunmin.config import MambaConfig
 from yunmin.cost import Cost
+from yunmin.quantization.layout import Format
 
+_STORED = {
+    "int8": "Projections, embedding and head are stored in int8, with one scale per row.",
+    "int4": "Projections are stored in int4, with one scale per 32 inputs; step sizes, embedding and head in int8.",
+}
 _QUANTITIES = {
     "parameters": "parameters",
-    "weight_bytes": "weight bytes (fp32)",
+    "weight_bytes": "weight bytes",
     "flops_per_token": "FLOPs per token",
     "state_bytes": "state bytes per sequence",
 }
 _CLAIMS = {
     "float32": "the artifact's weights against the trained model, fp32",
     "float64": "the same export computed in fp64",
-    "stepwise": "its prefill and steps against its own whole sequences, fp32",
+    "stepwise": "its prefill and steps against its own whole sequences",
+    "quantized": "the runtime on its integers against plain torch on them",
+    "cut": "its weights against the model that was cut further, fp64",
+}
+_EXACT_PART = {  # where the artifact itself is not exact any more
+    "float32": "the weights before they were changed further against the trained model, fp32",
+    "float64": "the same computed in fp64",
 }
 
 
@@ -32,9 +43,24 @@ def size_rows(before: Mapping[str, int], after: Mapping[str, int]) -> list[tuple
 
 def parity_rows(parity: Mapping[str, Parity]) -> list[tuple[str, str, str, str]]:
     """Claim, error relative to the largest logit, limit and positions compared, as text."""
+    claims = _CLAIMS | _EXACT_PART if "quantized" in parity or "cut" in parity else _CLAIMS
     return [
-        (_CLAIMS[name], f"{p.relative_error:.1e}", f"{p.tolerance:.0e}", str(p.tokens)) for name, p in parity.items()
+        (claims[name], f"{p.relative_error:.1e}", f"{p.tolerance:.0e}", str(p.tokens)) for name, p in parity.items()
     ]
+
+
+def perplexity_rows(perplexity: Mapping[str, PerplexityRecord]) -> list[tuple[str, str, str, str]]:
+    """Perplexity before, after and ratio, as text; no row where it was not measured."""
+    if not perplexity:
+        return []
+    before, after = (perplexity[key].token_perplexity for key in ("before", "after"))
+    return [("perplexity", f"{before:,.3f}", f"{after:,.3f}", f"{after / before:.4f}")]
+
+
+def perplexity_terms(perplexity: Mapping[str, PerplexityRecord]) -> str:
+    """On what, and how, it was measured."""
+    record = perplexity["after"]
+    return f"per token on {record.tokens:,} tokens of {record.source}; window {record.window}, stride {record.stride}"
 
 
 def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -52,14 +78,19 @@ def model_card(
     *,
     config: MambaConfig,
     is_untied: bool,
+    quantization: Format,
     before: Cost,
     after: Cost,
     parity: Mapping[str, Parity],
+    perplexity: Mapping[str, PerplexityRecord],
     provenance: Mapping[str, Any],
     has_tokenizer: bool,
 ) -> str:
     """The card of an artifact, in Markdown with the front matter that the Hugging Face Hub reads."""
-    sizes = _markdown_table(("", "before", "after", "ratio"), size_rows(before.to_dict(), after.to_dict()))
+    rows = size_rows(before.to_dict(), after.to_dict()) + perplexity_rows(perplexity)
+    sizes = _markdown_table(("", "before", "after", "ratio"), rows)
+    terms = f"\n\nPerplexity {perplexity_terms(perplexity)}." if perplexity else ""
+    is_for_transformers = config.is_uniform and quantization == "none"
     proof = _markdown_table(("", "error / largest logit", "limit", "positions"), parity_rows(parity))
     merged = ", ".join(f"{a['kind']} on {' and '.join(a['projections'])}" for a in provenance["adapters"]) or "none"
     prompt = "'Once upon a time'" if has_tokenizer else "1,2,3"
@@ -70,8 +101,9 @@ def model_card(
         if is_untied
         else ""
     )
+    notes = untied + ("" if quantization == "none" else f"\n{_STORED[quantization]}")
     return f"""---
-library_name: {"transformers" if config.is_uniform else "yunmin"}
+library_name: {"transformers" if is_for_transformers else "yunmin"}
 pipeline_tag: text-generation
 tags: [mamba, yunmin]
 ---
@@ -80,11 +112,11 @@ tags: [mamba, yunmin]
 
 A Mamba-1 language model of {config.n_layers} layers and width {config.d_model}, exported by `yunmin` from
 `{provenance["source"]}`. {widths}
-Adapters merged into the weights: {merged}. The channels lie in scan order; nothing is reordered at run time.{untied}
+Adapters merged into the weights: {merged}. The channels lie in scan order; nothing is reordered at run time.{notes}
 
 ## Sizes
 
-{sizes}
+{sizes}{terms}
 
 ## Proof
 
@@ -101,7 +133,7 @@ yunmin generate . {option} {prompt} --max-tokens 64
 yunmin serve .
 ```
 
-{_python_usage(config, has_tokenizer)}
+{_python_usage(config, quantization, has_tokenizer)}
 
 ## License
 
@@ -116,7 +148,9 @@ def _widths(what: str, widths: tuple[int, ...]) -> str:
     return f"{what.capitalize()} by layer: {', '.join(map(str, widths))}."
 
 
-def _python_usage(config: MambaConfig, has_tokenizer: bool) -> str:
+def _python_usage(config: MambaConfig, quantization: Format, has_tokenizer: bool) -> str:
+    if quantization != "none":
+        return f"The weights are in {quantization}, which `transformers` does not know: load the folder with `yunmin`."
     if not config.is_uniform:
         return "The widths differ between layers, which `transformers` does not know: load the folder with `yunmin`."
     lines = ["All layers have the same widths, so `transformers` loads the folder as it is:", "", "```python"]

@@ -17,6 +17,8 @@ def main(argv: list[str]) -> int:
             "yunmin export training_outputs/my-run artifact/",
             "yunmin export training_outputs/my-run/checkpoint-500 artifact/ --force",
             "yunmin export path/to/mamba-130m-hf artifact/ --adapter my-lora/ --data held-out.txt --json",
+            "yunmin export training_outputs/my-run small/ --quantize int8",
+            "yunmin export training_outputs/my-run small/ --quantize int4 --calibrate training.txt --data held-out.txt",
         ],
     )
     arguments.add_argument("source", help="run folder, a checkpoint of it, any Mamba checkpoint, or a Hub id")
@@ -24,19 +26,39 @@ def main(argv: list[str]) -> int:
     arguments.add_argument(
         "--adapter", action="append", default=[], metavar="DIR", help="a LoRA or IA3 folder to merge, too; repeatable"
     )
-    arguments.add_argument("--data", metavar="SOURCE", help="text to verify on (the standard library's sources)")
+    arguments.add_argument(
+        "--data", metavar="SOURCE", help="held-out text to verify and measure perplexity on (the standard library's)"
+    )
+    arguments.add_argument(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="store weights in int8, one scale per row, or int4, one per 32 inputs",
+    )
+    arguments.add_argument("--calibrate", metavar="SOURCE", help="text that int4 weights are rounded for (GPTQ)")
+    arguments.add_argument(
+        "--tokens", type=int, default=16384, metavar="N", help="measure perplexity on so many tokens (%(default)s)"
+    )
+    arguments.add_argument(
+        "--calibration-tokens", type=int, default=32768, metavar="N", help="calibrate on so many tokens (%(default)s)"
+    )
     arguments.add_argument("--force", action="store_true", help="replace an artifact that is at OUT")
     arguments.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
     options = arguments.parse_args(argv)
 
-    from export.card import parity_rows, plain_table, size_rows
-    from export.pipeline import export
+    from export.card import parity_rows, perplexity_rows, perplexity_terms, plain_table, size_rows
+    from export.pipeline import Options, export
 
     manifest = export(
         options.source,
         options.out,
         adapters=options.adapter,
-        data=options.data,
+        options=Options(
+            data=options.data,
+            quantize=options.quantize or "none",
+            calibrate=options.calibrate,
+            measured_tokens=options.tokens,
+            calibration_tokens=options.calibration_tokens,
+        ),
         force=options.force,
         progress=lambda stage: print(f"{stage} ...", file=sys.stderr, flush=True),
     )
@@ -44,7 +66,10 @@ def main(argv: list[str]) -> int:
         print_json({"artifact": options.out, **manifest.model_dump()})
         return 0
     print(f"{options.out}: written and verified on {manifest.provenance['verified_on']}\n")
-    print(plain_table(("size", "before", "after", "ratio"), size_rows(manifest.before, manifest.after)))
+    rows = size_rows(manifest.before, manifest.after) + perplexity_rows(manifest.perplexity)
+    print(plain_table(("size", "before", "after", "ratio"), rows))
+    if manifest.perplexity:
+        print(f"  (perplexity {perplexity_terms(manifest.perplexity)})")
     print()
     header = ("logits compared", "error / largest", "limit", "positions")
     print(plain_table(header, parity_rows(manifest.parity)))

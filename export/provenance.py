@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from export.adapter import Adapter
+from export.compact import Source
 from yunmin import __version__
-from yunmin.checkpoint import Checkpoint
 from yunmin.files import sha256_file
-from yunmin.pillars import ADAPTERS, Pillars
+from yunmin.pillars import ADAPTERS
 
 _SOURCE_FILES = (
     "config.json",
@@ -26,27 +25,23 @@ _SOURCE_FILES = (
 )
 
 
-def provenance_of(
-    name: str, checkpoint: Checkpoint, pillars: Pillars, adapters: Mapping[str, Adapter], probe_origin: str
-) -> dict[str, Any]:
+def provenance_of(source: Source, probe_origin: str) -> dict[str, Any]:
     """Facts about an export, the same for the same input.
 
     Args:
-        name: of the source, as the user typed it.
-        checkpoint: that was read.
-        pillars: beside it.
-        adapters: that were merged.
+        source: that was read.
         probe_origin: what it was verified on.
     """
+    checkpoint, pillars = source.checkpoint, source.pillars
     identity = [torch.arange(order.numel()) for order in pillars.scan_order]
     reordered = sum(not torch.equal(order, i) for order, i in zip(pillars.scan_order, identity, strict=True))
     gates = (*pillars.channel_gates, *pillars.state_gates)
     return {
         "yunmin": __version__,
-        "source": name,
+        "source": source.name,
         "checkpoint": checkpoint.folder.name,
         "source_files": {path.name: sha256_file(path) for path in _source_files(checkpoint.folder)},
-        "adapters": [_adapter_facts(key, adapter) for key, adapter in adapters.items()],
+        "adapters": [_adapter_facts(key, adapter) for key, adapter in source.adapters.items()],
         "gates": {
             "zero": sum(int((gate == 0).sum()) for gate in gates),
             "one": sum(int((gate == 1).sum()) for gate in gates),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from export.card import model_card
-from yunmin.artifact import Manifest, Parity, is_artifact, write_manifest
+from yunmin.artifact import Manifest, Parity, PerplexityRecord, is_artifact, write_manifest
 from yunmin.checkpoint import Checkpoint, write_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.cost import cost_of
@@ -17,6 +18,25 @@ from yunmin.errors import ArtifactError
 from yunmin.files import atomic_folder
 from yunmin.pillars import write_scan_order
 from yunmin.tokenizer import copy_tokenizer
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What an artifact was shown to be.
+
+    Attributes:
+        parity: how far logits lie from those they must equal, by claim.
+        perplexity: "before" and "after", where measured.
+    """
+
+    parity: Mapping[str, Parity]
+    perplexity: Mapping[str, PerplexityRecord]
+
+    def joined(
+        self, parity: Mapping[str, Parity] | None = None, measured: Mapping[str, PerplexityRecord] | None = None
+    ) -> Proof:
+        """This one with further claims and figures."""
+        return Proof({**self.parity, **(parity or {})}, {**self.perplexity, **(measured or {})})
 
 
 def check_destination(out: Path, *, force: bool) -> None:
@@ -44,11 +64,10 @@ def write_artifact(
     out: Path,
     *,
     source: Checkpoint,
-    config: MambaConfig,
-    tensors: Mapping[str, Tensor],
+    artifact: Checkpoint,
     channels: Sequence[Tensor],
     provenance: Mapping[str, Any],
-    verify: Callable[[Path], Mapping[str, Parity]],
+    verify: Callable[[Path], Proof],
     force: bool = False,
 ) -> Manifest:
     """Writes an artifact aside, has it verified there, and gives it its name.
@@ -56,8 +75,7 @@ def write_artifact(
     Args:
         out: the artifact's final folder.
         source: the checkpoint it was made of; its tokenizer is copied and its widths are what was there before.
-        config: of the artifact.
-        tensors: of the artifact, float32.
+        artifact: what is written: config, tensors, quantization.
         channels: per layer, the starting inner channel at each position, int64.
         provenance: for the manifest.
         verify: given the folder without its manifest; raises unless the model in it may be published.
@@ -69,20 +87,23 @@ def write_artifact(
     Raises:
         ArtifactError: the folder cannot be written.
     """
-    before, after = cost_of(source.config), cost_of(config)
+    config, quantization = artifact.config, artifact.quantization
+    before, after = cost_of(source.config), cost_of(config, quantization)
     try:
         with atomic_folder(out, replace=force) as folder:
-            write_checkpoint(folder, config, tensors)
+            write_checkpoint(folder, config, artifact.tensors, quantization)
             copy_tokenizer(source.folder, folder)
             write_scan_order(folder, channels, starting_widths=source.config.d_inner)
-            parity = verify(folder)
+            proof = verify(folder)
             card = model_card(
                 out.absolute().name,
                 config=config,
                 is_untied=source.config.tie_word_embeddings and not config.tie_word_embeddings,
+                quantization=quantization.format,
                 before=before,
                 after=after,
-                parity=parity,
+                parity=proof.parity,
+                perplexity=proof.perplexity,
                 provenance=provenance,
                 has_tokenizer=source.tokenizer is not None,
             )
@@ -93,7 +114,9 @@ def write_artifact(
                 before=before,
                 after=after,
                 cuts=_cuts(source.config, config),
-                parity=parity,
+                parity=proof.parity,
+                quantization=quantization.format,
+                perplexity=proof.perplexity,
             )
     except OSError as error:
         raise ArtifactError(f"{out}: cannot be written: {error.strerror or error}") from None

@@ -57,6 +57,23 @@ class Parity(_Record):
         return self.relative_error <= self.tolerance  # false for NaN
 
 
+class PerplexityRecord(_Record):
+    """A perplexity on held-out text.
+
+    Attributes:
+        token_perplexity: exp of the mean negative log-likelihood per token.
+        tokens: scored.
+        window, stride: tokens read at once, and scored per window.
+        source: of the text.
+    """
+
+    token_perplexity: float
+    tokens: int
+    window: int
+    stride: int
+    source: str
+
+
 class Manifest(_Record):
     """What `manifest.json` records.
 
@@ -66,7 +83,12 @@ class Manifest(_Record):
         before, after: parameters, weight bytes, FLOPs per token, state bytes.
         cuts: per layer, the inner channels and states kept.
         parity: "float32" (the artifact's own tensors) and "float64" (the mathematics) against the trained model, and
-            "stepwise": the artifact's prefill and steps against its own whole sequences.
+            "stepwise": the artifact's prefill and steps against its own whole sequences. Where more was done to the
+            weights than is exact, the first two are about the weights before; "quantized" then compares the runtime
+            that serves the stored integers with plain torch, and "cut" the artifact's tensors with the model that was
+            cut further.
+        quantization: how the weights are stored.
+        perplexity: "before" (as trained) and "after" (the artifact), where they were measured.
     """
 
     format_version: int
@@ -77,6 +99,7 @@ class Manifest(_Record):
     cuts: list[dict[str, int]]
     parity: dict[str, Parity]
     quantization: Format = "none"
+    perplexity: dict[str, PerplexityRecord] = {}
 
 
 def write_manifest(
@@ -88,6 +111,7 @@ def write_manifest(
     cuts: list[dict[str, int]],
     parity: Mapping[str, Parity],
     quantization: Format = "none",
+    perplexity: Mapping[str, PerplexityRecord] | None = None,
 ) -> Manifest:
     """Hashes every file in the folder and writes `manifest.json` beside them."""
     files = {
@@ -104,6 +128,7 @@ def write_manifest(
         cuts=cuts,
         parity=dict(parity),
         quantization=quantization,
+        perplexity=dict(perplexity or {}),
     )
     write_json(folder / MANIFEST_FILE, manifest.model_dump())
     return manifest

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from yunmin.axes import expected_shapes
 from yunmin.config import MambaConfig
+from yunmin.quantization.layout import FLOAT32, Quantization, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Cost:
 
     Attributes:
         parameters: numbers stored; a tied head counts once.
-        weight_bytes: of the parameters in fp32.
+        weight_bytes: of the tensors in the file: in fp32, or quantized with scales and padding.
         flops_per_token: floating-point operations of one decode step, a multiply-add being two.
         state_bytes: of one sequence's fp32 state.
     """
@@ -29,8 +30,8 @@ class Cost:
         return asdict(self)
 
 
-def cost_of(config: MambaConfig) -> Cost:
-    """Counts a model from its config alone."""
+def cost_of(config: MambaConfig, quantization: Quantization = FLOAT32) -> Cost:
+    """Counts a model from its config and how its weights are stored."""
     parameters = sum(math.prod(shape) for shape in expected_shapes(config).values())
     d, rank, taps = config.d_model, config.dt_rank, config.d_conv
     flops = 2 * config.vocab_size * d + 4 * d  # head and final norm
@@ -42,4 +43,4 @@ def cost_of(config: MambaConfig) -> Cost:
         scan = 7 * inner * n + 12 * inner
         flops += projections + convolution + scan + 5 * d  # norm and residual
         state += inner * (taps - 1 + n)
-    return Cost(parameters, 4 * parameters, flops, 4 * state)
+    return Cost(parameters, stored_bytes(config, quantization), flops, 4 * state)

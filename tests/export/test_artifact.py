@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import yunmin
-from export import pipeline, write
+from export import compact, write
 from export.fold import fold_gates
 from export.pipeline import export
 from tests.export.fixtures import (
@@ -38,6 +38,7 @@ from yunmin.config import MambaConfig
 from yunmin.cost import cost_of
 from yunmin.errors import ArtifactError, CheckpointError, VerificationError
 from yunmin.files import sha256_file
+from yunmin.quantization.layout import Quantization
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +214,7 @@ def test_wrong_mathematics_is_noticed_in_float64_and_not_written(
         config, tensors = fold_gates(*arguments)
         return config, _spoiled(tensors, 1e-7)  # far below what float32 could tell
 
-    monkeypatch.setattr(pipeline, "fold_gates", wrong_fold)
+    monkeypatch.setattr(compact, "fold_gates", wrong_fold)
     with pytest.raises(VerificationError, match=r"^float64: the exported model's logits differ"):
         export(run_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -222,8 +223,10 @@ def test_wrong_mathematics_is_noticed_in_float64_and_not_written(
 def test_wrong_file_is_noticed_in_float32_and_leaves_the_old_artifact(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong_write(folder: Path, config: MambaConfig, tensors: dict[str, torch.Tensor]) -> None:
-        write_checkpoint(folder, config, _spoiled(tensors, 0.1))
+    def wrong_write(
+        folder: Path, config: MambaConfig, tensors: dict[str, torch.Tensor], quantization: Quantization
+    ) -> None:
+        write_checkpoint(folder, config, _spoiled(tensors, 0.1), quantization)
 
     export(run_folder, tmp_path / "out")
     before = sha256_file(tmp_path / "out/manifest.json")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.pipeline import Compact, compact_model, read_source
+from export.compact import Compact, compact_model, read_source
 from tests.export.fixtures import (
     ia3,
     lora,
