@@ -15,7 +15,7 @@ import yunmin
 from tests.models import random_ids, random_pillars, random_tensors, small_config, write_model
 from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
-from yunmin.errors import ConfigError, ShapeError
+from yunmin.errors import ConfigError, RequestError, ShapeError
 from yunmin.quantization.layout import Format, Quantization
 from yunmin.quantization.packing import pack_tensors
 from yunmin.quantization.reference import network_of
@@ -174,6 +174,9 @@ def test_wrong_shapes_are_refused_and_an_empty_batch_is_not() -> None:
         runtime.prefill([])
     with pytest.raises(ShapeError, match="tokens of 2 sequences and the states of 1"):
         runtime.step([1, 2], runtime.new_state(1))
+    for token_id in (-1, runtime.config.vocab_size):
+        with pytest.raises(RequestError, match="token_ids: must lie in"):
+            runtime.prefill([1, token_id])
     logits, _ = runtime.step([], runtime.new_state(0))
     assert logits.shape == (0, runtime.config.vocab_size)
     assert runtime.forward(torch.empty(0, 4, dtype=torch.int64)).shape == (0, 4, runtime.config.vocab_size)

@@ -14,7 +14,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from yunmin.kernels.dot import BYTE, BYTES, INT, LANES, LONG, call_intrinsic, emit_dot, splat_int, target_features
+from yunmin.kernels.dot import BYTE, BYTES, INT, INTS, LANES, LONG, call_intrinsic, emit_dot, splat_int, target_features
 
 GROUP = 32  # inputs that share a scale in int4
 _PREFETCHING_ROWS = 4  # fewer wait for memory anyway
@@ -135,9 +135,7 @@ def multiply_int4(
                     pairs = [(quad, w[which]) for quad in quads for w in halves]
                     exact = [emit_dot(builder, s, w, quad, features) for s, (quad, w) in zip(exact, pairs, strict=True)]
             s_offset = builder.mul(group, _long(2 * LANES))
-            factors = [
-                builder.fpext(_load(builder, builder.add(block, s_offset), _HALVES), _FLOATS) for block in scale_blocks
-            ]
+            factors = [_from_halves(builder, builder.add(block, s_offset), features) for block in scale_blocks]
             per_sum = [factor for _ in x_rows for factor in factors]
             return [
                 _fma(builder, builder.sitofp(s, _FLOATS), factor, total)
@@ -248,6 +246,22 @@ def _nibbles(builder: Any, packed: Any) -> tuple[Any, Any]:
     low = ir.Constant(BYTES, [0x0F] * (4 * LANES))
     shifted = builder.lshr(builder.bitcast(packed, shorts), ir.Constant(shorts, [4] * (2 * LANES)))
     return builder.and_(packed, low), builder.and_(builder.bitcast(shifted, BYTES), low)
+
+
+def _from_halves(builder: Any, address: Any, features: frozenset[str]) -> Any:
+    """Sixteen finite float16 numbers as float32."""
+    if "sse2" not in features or "f16c" in features:
+        return builder.fpext(_load(builder, address, _HALVES), _FLOATS)
+    # a processor older than the instruction: the bits moved to their places are too small by 2^112, subnormals included
+    bits = builder.zext(_load(builder, address, ir.VectorType(ir.IntType(16), LANES)), INTS)
+    moved = builder.shl(builder.and_(bits, _every(0x7FFF)), _every(13))
+    number = builder.fmul(builder.bitcast(moved, _FLOATS), ir.Constant(_FLOATS, [2.0**112] * LANES))
+    sign = builder.shl(builder.and_(bits, _every(0x8000)), _every(16))
+    return builder.bitcast(builder.or_(builder.bitcast(number, INTS), sign), _FLOATS)
+
+
+def _every(number: int) -> Any:
+    return ir.Constant(INTS, [number] * LANES)
 
 
 def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
-from yunmin.errors import ShapeError
+from yunmin.errors import RequestError, ShapeError
 from yunmin.kernels.barrier import BARRIER_NUMBERS
 from yunmin.kernels.matmul import (
     ACTIVATION_FIELDS,
@@ -50,6 +51,7 @@ class NativeRuntime:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._weights = prepare_weights(checkpoint.config, checkpoint.quantization, checkpoint.tensors)
         self._scratch = Scratch(self._weights, 1, get_threads())
+        self._working = threading.Lock()  # over the scratch memory
         self._logits = torch.empty(0, self._weights.logits_width)
 
     @property
@@ -113,11 +115,18 @@ class NativeRuntime:
 
     def _run(self, ids: np.ndarray, state: NativeState, logits: Tensor, *, all_positions: bool = False) -> None:
         """Reads ids (B, T), T >= 1; updates the state; fills logits (B or B*T, width)."""
-        batch, length = ids.shape
+        batch = ids.shape[0]
         if state.batch_size != batch:
             raise ShapeError(f"got tokens of {batch} sequences and the states of {state.batch_size}")
         if batch == 0:
             return
+        if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:  # the kernel reads whatever lies there
+            raise RequestError("token_ids", f"must lie in 0..{self.config.vocab_size - 1}")
+        with self._working:
+            self._compute(ids, state, logits, all_positions=all_positions)
+
+    def _compute(self, ids: np.ndarray, state: NativeState, logits: Tensor, *, all_positions: bool) -> None:
+        batch, length = ids.shape
         threads = get_threads()
         if self._scratch.rows < ids.size or self._scratch.threads != threads:
             self._scratch = Scratch(self._weights, max(ids.size, self._scratch.rows), threads)
