@@ -8,7 +8,7 @@ PYTHON ?=
 CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test lint bench peers clean
 
 help:  ## show these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,8 +36,18 @@ else
 	@$(BIN)/yunmin bench latency quickstart_outputs/compact --against quickstart_outputs/dense
 endif
 
+# openvino's exporter wants an older transformers than ours; llama.cpp is compiled for this processor
+peers: $(STAMP)  ## make .venv-peers/ with the engines that `yunmin bench compare` measures ours against
+	@test -d .venv-peers/common || $(BIN)/python -m venv .venv-peers/common
+	@echo "installing transformers, mambapy, onnxruntime and llama.cpp, which takes minutes to compile"
+	@.venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[peers]'
+	@test -d .venv-peers/openvino || $(BIN)/python -m venv .venv-peers/openvino
+	@echo "installing openvino"
+	@.venv-peers/openvino/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'optimum-intel[openvino]>=2.2' 'transformers<=5.3.0'
+
 clean:  ## remove what is built here (not training_outputs/)
-	rm -rf .venv .ci-venv build dist *.egg-info quickstart_outputs benchmark_outputs
+	rm -rf .venv .venv-peers .ci-venv build dist *.egg-info quickstart_outputs benchmark_outputs
 	rm -rf .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 

@@ -10,6 +10,7 @@ from yunmin.cli import parser
 # subcommand -> (module with `main(argv) -> int`, summary)
 _BENCHMARKS = {
     "latency": ("benchmarks.latency", "one request at a time: prefill, decode, time to first token, memory, size"),
+    "compare": ("benchmarks.compare", "ours against transformers, mambapy, llama.cpp, OpenVINO, ..., in one run"),
 }
 
 

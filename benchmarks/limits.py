@@ -58,15 +58,11 @@ class Traffic:
     """What one token costs at least, whatever computes it; from the shape alone.
 
     Attributes:
-        matrix_weights: numbers in the projections and the head, which are read once per step.
-        other_weights: numbers in norms, convolutions and scans, which stay in fp32.
         state_bytes: of one sequence, fp32; a step reads it and writes it.
         layer_flops: of the projections of all layers, per token.
         head_flops: of the head, per token that needs logits.
     """
 
-    matrix_weights: int
-    other_weights: int
     state_bytes: int
     layer_flops: int
     head_flops: int
@@ -76,28 +72,20 @@ class Traffic:
         d, rank = config.d_model, config.dt_rank
         pairs = zip(config.d_inner, config.d_state, strict=True)
         layers = sum(3 * d * inner + inner * (2 * rank + 2 * n) for inner, n in pairs)
-        head = config.vocab_size * d
-        cost = cost_of(config)
-        embedding = 0 if config.tie_word_embeddings else head  # of a separate one, a step reads single rows
-        others = cost.parameters - layers - head - embedding
-        return cls(layers + head, others, cost.state_bytes, 2 * layers, 2 * head)
-
-    def weight_bytes(self, bits: float) -> float:
-        """Bytes of weights that a step reads, where matrices are stored in `bits` per weight."""
-        return self.matrix_weights * bits / 8 + 4 * self.other_weights
+        return cls(cost_of(config).state_bytes, 2 * layers, 2 * config.vocab_size * d)
 
 
-def decode_limit(limits: Limits, traffic: Traffic, batch_size: int, *, bits: float, product: str) -> float:
+def decode_limit(limits: Limits, traffic: Traffic, batch_size: int, *, weight_bytes: int, product: str) -> float:
     """Tokens per second of a batch at most: reading weights and states, or the products, whichever takes longer.
 
     Args:
         limits: of the machine.
         traffic: of the model.
         batch_size: sequences that advance together.
-        bits: per weight of a matrix.
+        weight_bytes: that every step reads.
         product: format in which matrices are multiplied, a key of `Limits.flops_per_s`.
     """
-    read_s = (traffic.weight_bytes(bits) + 2 * batch_size * traffic.state_bytes) / limits.read_bytes_per_s
+    read_s = (weight_bytes + 2 * batch_size * traffic.state_bytes) / limits.read_bytes_per_s
     product_s = batch_size * (traffic.layer_flops + traffic.head_flops) / limits.flops_per_s[product]
     return batch_size / max(read_s, product_s)
 

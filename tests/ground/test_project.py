@@ -87,7 +87,7 @@ def test_every_command_explains_itself_with_examples_without_torch(command: str)
     assert f"examples:\n  yunmin {command}" in done.stdout
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "bench", "clean", "help", "install"])
+@pytest.mark.parametrize("target", ["quickstart", "test", "lint", "bench", "peers", "clean", "help", "install"])
 def test_makefile_has_the_target_and_help_shows_it(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(rf"^{target}:.*## \w", makefile, re.MULTILINE)

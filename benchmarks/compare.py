@@ -1,0 +1,301 @@
+"""Ours against every peer: the same weights, threads and token counts, one process each, repeats in turns."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.machine import machine_facts
+from yunmin.cli import parser, print_json, run
+from yunmin.errors import RequestError
+
+if TYPE_CHECKING:
+    from benchmarks.contest import Contest, Plan
+    from benchmarks.contestants import Contestant, Field
+    from benchmarks.limits import Limits
+    from yunmin.checkpoint import Checkpoint
+
+RESULT_FILE = "compare.json"
+PLOT_FILE = "compare.png"
+_ALL_PEERS = "transformers,mambapy,llama.cpp,openvino,onnxruntime"
+_PRODUCTS = {"fp32": "fp32", "int8": "int8", "int4": "int8"}  # int4 weights are multiplied as int8
+
+
+def main(argv: list[str]) -> int:
+    """`yunmin bench compare MODEL [--peers LIST]`."""
+    options = _arguments().parse_args(argv)
+    if options.report:
+        return _print_report(Path(options.report))
+    if bool(options.model) == bool(options.shape):
+        raise RequestError("MODEL", "give a folder, or --shape for random weights of a known size; one of the two")
+    plan = _plan(options)
+
+    from benchmarks.compare_plots import plot_compare
+    from benchmarks.compare_tables import compare_tables
+    from benchmarks.contestants import expand, interpreters
+    from yunmin.files import write_json
+
+    wanted = expand(_words(options.contestants) or ["ours", *_words(options.peers)])
+    pythons = interpreters(options.python)
+    out = Path(options.out)
+    result = compare(
+        plan, out, model=options.model, shape=options.shape, wanted=wanted, pythons=pythons, limits=options.limits
+    )
+    write_json(out / RESULT_FILE, result)
+    plot_compare(result, out / PLOT_FILE)
+    if options.json:
+        print_json(result)
+    else:
+        print("\n\n".join(table.text() for table in compare_tables(result)))
+    print(f"\nwritten to {out / RESULT_FILE} and {out / PLOT_FILE}", file=sys.stderr)
+    return 0
+
+
+def compare(
+    plan: Plan,
+    out: Path,
+    *,
+    model: str | None,
+    shape: str | None,
+    wanted: Sequence[tuple[str, str]],
+    pythons: Mapping[str, str],
+    limits: bool = True,
+) -> dict[str, Any]:
+    """Prepares, measures and sums up.
+
+    Args:
+        plan: what to measure.
+        out: the files that contestants read go below it, and are found again.
+        model: folder or Hub id; None for random weights of `shape`.
+        shape: name of a known size; None for `model`.
+        wanted: engines and formats, as `benchmarks.contestants.expand` gives them.
+        pythons: interpreters by engine.
+        limits: whether to measure the machine, too.
+
+    Returns:
+        Everything that the tables and plots show, and every sample.
+    """
+    from benchmarks.contest import Contest
+    from benchmarks.contestants import gather
+    from benchmarks.limits import measure_limits
+
+    facts = machine_facts()
+    out.mkdir(parents=True, exist_ok=True)
+    plain = _plain_checkpoint(model, shape, out)
+    field = gather(wanted, plain, plain.folder.parent, pythons=pythons, say=_say)
+    if not field.contestants:
+        missing = "; ".join(f"{name}: {why}" for name, why in field.absent.items())
+        raise RequestError("contestants", f"none can take part: {missing}")
+    found_limits: Limits | None = None
+    if limits:
+        _say("limits of this machine")
+        found_limits = measure_limits(plan.threads)
+    contest = Contest(field.contestants, plan, plain.config.n_tokens, _say)
+    contest.run()
+    if found_limits is not None:
+        found_limits = found_limits.best_of(measure_limits(plan.threads))
+    return {
+        "benchmark": "compare",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": facts,
+        "load_average_after": round(os.getloadavg()[0], 2),
+        "settings": asdict(plan),
+        "model": _describe(plain, model, shape),
+        "limits": None if found_limits is None else asdict(found_limits),
+        **_summed_up(contest, field, plain, found_limits),
+    }
+
+
+def _summed_up(contest: Contest, field: Field, plain: Checkpoint, limits: Limits | None) -> dict[str, Any]:
+    reference = next((name for name in contest.logits if name == "ours fp32"), next(iter(contest.logits), None))
+    contestants = []
+    absent = dict(field.absent)
+    for contestant in field.contestants:
+        record = contest.records[contestant.name]
+        if not record.samples:
+            absent[contestant.name] = next(iter(record.notes.values()), "no figure")
+            continue
+        summary = {quantity: record.median(quantity) for quantity in record.samples}
+        contestants.append(
+            {
+                "name": contestant.name,
+                "engine": contestant.engine,
+                "precision": contestant.precision,
+                "is_ours": contestant.is_ours,
+                "model": str(contestant.model),
+                "versions": record.facts.get("versions", {}),
+                "summary": summary,
+                "limits": {} if limits is None else _limits_of(contestant, contest.plan, plain, limits),
+                "samples": record.samples,
+                "notes": record.notes,
+            }
+        )
+    differences = {}
+    if reference is not None:
+        expected = contest.logits[reference]
+        largest = max(map(abs, expected))
+        for name, logits in contest.logits.items():
+            differences[name] = max(abs(a - b) for a, b in zip(expected, logits, strict=True)) / largest
+    return {"reference": reference, "disagreement": differences, "contestants": contestants, "absent": absent}
+
+
+def _limits_of(contestant: Contestant, plan: Plan, plain: Checkpoint, limits: Limits) -> dict[str, float]:
+    """Quantity -> what the machine allows; only for ours, whose weights are known by the byte."""
+    from benchmarks.limits import Traffic, decode_limit, prefill_limit
+
+    if not contestant.is_ours:
+        return {}
+    traffic, product, size = Traffic.of(plain.config), _PRODUCTS[contestant.precision], contestant.weight_bytes
+    found = {f"prefill {n}": prefill_limit(limits, traffic, n, product=product) for n in plan.prefill}
+    for batch_size in plan.decode:
+        limit = decode_limit(limits, traffic, batch_size, weight_bytes=size, product=product)
+        found[f"decode {batch_size}"] = limit
+    single = decode_limit(limits, traffic, 1, weight_bytes=size, product=product)
+    return found | {f"depth {depth}": single for depth in plan.depths}
+
+
+def _plain_checkpoint(model: str | None, shape: str | None, out: Path) -> Checkpoint:
+    """The model in fp32, as a Hugging Face folder below `out` that every peer reads."""
+    from benchmarks.shapes import random_checkpoint
+    from yunmin.artifact import is_artifact, load_artifact
+    from yunmin.checkpoint import load_checkpoint, refuse_quantized, write_checkpoint
+    from yunmin.files import atomic_folder
+    from yunmin.pillars import PILLARS_FILE
+
+    if shape is not None:
+        _say(f"random weights of the shape {shape}")
+        return load_checkpoint(random_checkpoint(shape, out / "models" / shape / "fp32"))
+    assert model is not None
+    if is_artifact(model):
+        checkpoint, _ = load_artifact(model)
+        refuse_quantized(model, checkpoint.quantization)
+    else:
+        checkpoint = load_checkpoint(model)
+        if (checkpoint.folder / PILLARS_FILE).exists():
+            raise RequestError("MODEL", f"{checkpoint.folder} has gates: export it first, then compare the artifact")
+    folder = out / "models" / f"{checkpoint.folder.resolve().name}-{_digest(checkpoint)}" / "fp32"
+    if not (folder / "config.json").is_file():
+        with atomic_folder(folder) as aside:
+            write_checkpoint(aside, checkpoint.config, checkpoint.tensors)
+    return load_checkpoint(folder)
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Tells models of one name apart, so that files made for another are not taken for this one's."""
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps(asdict(checkpoint.config), sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
+def _describe(plain: Checkpoint, model: str | None, shape: str | None) -> dict[str, Any]:
+    from yunmin.cost import cost_of
+
+    config = plain.config
+    return {
+        "name": shape if model is None else Path(model).name,
+        "source": model or f"random weights of the shape {shape}",
+        "d_model": config.d_model,
+        "d_inner": list(config.d_inner),
+        "d_state": list(config.d_state),
+        "vocab_size": config.vocab_size,
+        **cost_of(config).to_dict(),
+    }
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = parser(
+        "bench compare",
+        "Measures ours and every peer on the same weights, threads and token counts; names who is missing and why.",
+        [
+            "yunmin bench compare --shape 130m",
+            "yunmin bench compare artifact/ --peers llama.cpp,transformers --threads 2",
+            "yunmin bench compare --shape 130m --contestants ours:int8,llama.cpp:Q8_0 --quick",
+            "yunmin bench compare --shape 130m --contestants ours,ours:mine=my-artifact/,llama.cpp",
+            "yunmin bench compare --shape 130m --python openvino=.venv-peers/openvino/bin/python",
+            "yunmin bench compare --report benchmark_outputs/compare.json",
+        ],
+    )
+    arguments.add_argument("model", nargs="?", help="artifact, plain checkpoint folder, or Hub id when online")
+    arguments.add_argument("--shape", metavar="NAME", help="instead of MODEL: random weights; tiny, 130m, 370m, ...")
+    arguments.add_argument("--peers", default=_ALL_PEERS, metavar="LIST", help=f"whom to compare with ({_ALL_PEERS})")
+    arguments.add_argument("--contestants", default="", metavar="LIST", help="exactly these, as ENGINE[:FORMAT]")
+    arguments.add_argument(
+        "--python", action="append", default=[], metavar="ENGINE=PATH", help="interpreter of a peer; repeatable"
+    )
+    arguments.add_argument("--threads", type=int, metavar="N", help="of every contestant (the usable cores)")
+    arguments.add_argument("--prefill", default="128,512,2048", metavar="LIST", help="lengths of texts (%(default)s)")
+    arguments.add_argument("--decode", default="1,4,16,64", metavar="LIST", help="batch sizes (%(default)s)")
+    arguments.add_argument(
+        "--depths", default="0,4096,16384,32768", metavar="LIST", help="tokens read before (%(default)s)"
+    )
+    arguments.add_argument("--repeats", type=int, default=5, metavar="N", help="samples of each quantity (5)")
+    arguments.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds for one quantity each (20)")
+    arguments.add_argument("--quick", action="store_true", help="short: 512; 1,16; no depths; 2 repeats; 6 s")
+    arguments.add_argument("--no-limits", dest="limits", action="store_false", help="do not measure the machine")
+    arguments.add_argument("--out", default="benchmark_outputs", metavar="DIR", help="folder for results (%(default)s)")
+    arguments.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    arguments.add_argument("--report", metavar="FILE", help="print an earlier result as Markdown; measures nothing")
+    return arguments
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    from benchmarks.contest import Plan
+
+    threads = options.threads or machine_facts()["cores_usable"]
+    for name, low in (("threads", 1), ("repeats", 1), ("budget", 0)):
+        value = threads if name == "threads" else getattr(options, name)
+        if value < low:
+            raise RequestError(f"--{name}", f"must be >= {low}, got {value}")
+    if options.quick:
+        return Plan(threads, prefill=(512,), decode=(1, 16), depths=(), repeats=2, budget_s=6.0)
+    return Plan(
+        threads,
+        prefill=_sizes("--prefill", options.prefill, 1),
+        decode=_sizes("--decode", options.decode, 1),
+        depths=_sizes("--depths", options.depths, 0),
+        repeats=options.repeats,
+        budget_s=options.budget,
+    )
+
+
+def _sizes(name: str, text: str, low: int) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in _words(text))
+    except ValueError:
+        raise RequestError(name, f"must be integers separated by commas, got {text!r}") from None
+    if any(size < low for size in sizes) or list(sizes) != sorted(set(sizes)):
+        raise RequestError(name, f"must rise and be >= {low}, got {text!r}")
+    return sizes
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _say(line: str) -> None:
+    print(f"{datetime.datetime.now().astimezone():%H:%M:%S} {line}", file=sys.stderr, flush=True)
+
+
+def _print_report(path: Path) -> int:
+    from benchmarks.compare_tables import compare_tables
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RequestError("--report", f"{path}: expected a {RESULT_FILE}, found no JSON") from None
+    print("\n\n".join(table.markdown() for table in compare_tables(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
