@@ -6,10 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from yunmin.config import MambaConfig
-from yunmin.scan import causal_conv1d, selective_scan
+from yunmin.scan import carried_convolution, gated_scan
 
 
 class MambaMixer(nn.Module):
@@ -54,21 +53,14 @@ class MambaMixer(nn.Module):
             Output (B, L, d) and the two states after the last real position.
         """
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, D) each
-        x, inputs = causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state)
+        x, conv_state = carried_convolution(x, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state, lengths)
         x = self.gate_channels(x)
         dt, B_ssm, C_ssm = self.x_proj(x).split(self.split_sizes, dim=-1)  # (B, L, R), (B, L, N) twice
-        delta = F.softplus(self.dt_proj(dt))  # (B, L, D)
-        if lengths is not None:
-            is_real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, L)
-            # a step of length zero keeps the state, and a zero input cannot turn into NaN times zero
-            delta, x = (t.masked_fill(~is_real[..., None], 0.0) for t in (delta, x))
         A = -torch.exp(self.A_log.to(ssm_state.dtype))
-        y, ssm_state = selective_scan(x, delta, A, self.gate_states(B_ssm), C_ssm, self.D, ssm_state)
-        output = self.out_proj(y * F.silu(z))  # (B, L, d)
-        last_inputs = _last_inputs(inputs, conv_state.shape[-1], lengths)
-        # a copy, since a view would keep the inputs of the whole sequence alive
-        conv_state = last_inputs.to(conv_state.dtype, copy=True, memory_format=torch.contiguous_format)
-        return output, conv_state, ssm_state
+        y, ssm_state = gated_scan(
+            x, self.dt_proj(dt), A, self.gate_states(B_ssm), C_ssm, self.D, z, ssm_state, lengths
+        )  # (B, L, D)
+        return self.out_proj(y), conv_state, ssm_state
 
     @torch.no_grad()
     def reset_parameters(self, config: MambaConfig, generator: torch.Generator | None) -> None:
@@ -94,11 +86,3 @@ class MambaMixer(nn.Module):
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         dt = torch.exp(torch.rand(inner, generator=generator) * (high - low) + low).clamp(min=config.time_step_floor)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-
-def _last_inputs(inputs: Tensor, count: int, lengths: Tensor | None) -> Tensor:
-    """The last `count` real rows of (B, count+L, D), as the next convolution state (B, D, count)."""
-    if lengths is None:
-        return inputs[:, inputs.shape[1] - count :].transpose(1, 2)
-    rows = lengths[:, None] + torch.arange(count, device=inputs.device)  # (B, count)
-    return inputs.gather(1, rows[..., None].expand(-1, -1, inputs.shape[2])).transpose(1, 2)

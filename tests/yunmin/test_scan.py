@@ -14,7 +14,7 @@ from yunmin.errors import ConfigError, MissingExtraError, ShapeError
 from yunmin.kernels import chunked
 from yunmin.kernels.chunked import chunked_scan
 from yunmin.kernels.reference import reference_scan
-from yunmin.scan import causal_conv1d, choose_backend, selective_scan, use_backend
+from yunmin.scan import carried_convolution, causal_conv1d, choose_backend, gated_scan, selective_scan, use_backend
 
 SHAPES = [(2, 1, 3, 4), (1, 2, 5, 1), (3, 7, 4, 5), (2, 65, 3, 2), (2, 130, 5, 3), (2, 0, 3, 4), (0, 4, 3, 2)]
 
@@ -96,7 +96,7 @@ def test_a_step_of_zero_keeps_the_state_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
 def test_a_bad_number_shows_from_its_position_on_and_not_before(bad: float, backend: str) -> None:
     u, delta, A, B_ssm, C_ssm, state = (t.detach() for t in scan_inputs(1, 9, 3, 4, torch.float32))
     u[0, 4, 1] = bad
@@ -129,7 +129,7 @@ def test_memory_kept_for_the_backward_is_linear_in_length() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
 def test_selective_scan_computes_the_skip_and_keeps_the_inputs_dtype(dtype: torch.dtype, backend: str) -> None:
     u, delta, A, B_ssm, C_ssm, state = (t.detach() for t in scan_inputs(2, 7, 3, 4))
     D_skip = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
@@ -156,9 +156,12 @@ def test_a_wrong_width_is_refused_by_name(name: str) -> None:
         selective_scan(**arguments)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "native"])
 @pytest.mark.parametrize("taps", [2, 3, 4, 7])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_the_convolution_equals_torchs_and_continues_from_carried_inputs(taps: int, has_bias: bool) -> None:
+def test_the_convolution_equals_torchs_and_continues_from_carried_inputs(
+    taps: int, has_bias: bool, backend: str
+) -> None:
     rng = torch.Generator().manual_seed(taps)
     x = torch.randn(2, 9, 5, generator=rng, dtype=torch.float64)
     weight = torch.randn(5, taps, generator=rng, dtype=torch.float64)
@@ -167,15 +170,42 @@ def test_the_convolution_equals_torchs_and_continues_from_carried_inputs(taps: i
     expected = torch.nn.functional.silu(whole[..., :9]).transpose(1, 2)
     state = torch.zeros(2, 5, taps - 1, dtype=torch.float64)
     for begin, end in ((0, 1), (1, 1), (1, 6), (6, 9)):
-        y, inputs = causal_conv1d(x[:, begin:end], weight, bias, state)
+        with use_backend(backend):
+            y, inputs = causal_conv1d(x[:, begin:end], weight, bias, state)
+            same, next_state = carried_convolution(x[:, begin:end], weight, bias, state)
         torch.testing.assert_close(y, expected[:, begin:end], rtol=0, atol=1e-12)
+        assert torch.equal(same, y)
         state = inputs[:, inputs.shape[1] - (taps - 1) :].transpose(1, 2)
+        assert torch.equal(next_state, state)
+
+
+@pytest.mark.parametrize("taps", [2, 4, 7])
+def test_the_next_inputs_of_a_padded_row_are_those_of_the_row_alone(taps: int) -> None:
+    rng = torch.Generator().manual_seed(taps)
+    x, state = torch.randn(4, 5, 3, generator=rng), torch.randn(4, 3, taps - 1, generator=rng)
+    weight, lengths = torch.randn(3, taps, generator=rng), torch.tensor([0, 1, 4, 5])
+    _, together = carried_convolution(x, weight, None, state, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        part = slice(row, row + 1)
+        _, alone = carried_convolution(x[part, :length], weight, None, state[part])
+        assert torch.equal(together[part], alone)
+    _, unmoved = carried_convolution(x[:, :0], weight, None, state, torch.zeros(4, dtype=torch.int64))
+    assert torch.equal(unmoved, state)
+
+
+@pytest.mark.parametrize("name", ["raw_delta", "z", "lengths"])
+def test_a_wrong_width_of_the_gated_scan_is_refused_by_name(name: str) -> None:
+    u, delta, A, B_ssm, C_ssm, state = (t.detach() for t in scan_inputs(2, 7, 3, 4))
+    own = {"raw_delta": delta, "z": u, "lengths": torch.tensor([7, 7])}
+    own[name] = torch.cat([own[name]] * 2)
+    with pytest.raises(ShapeError, match=f"gated_scan: {name} has shape .*, expected"):
+        gated_scan(u=u, A=A, B_ssm=B_ssm, C_ssm=C_ssm, D_skip=u[0, 0], state=state, **own)
 
 
 def test_the_backend_is_forced_by_block_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.delenv("YUNMIN_SCAN", raising=False)
-    assert choose_backend(cpu) == "chunked"
+    assert choose_backend(cpu) == "native"
     monkeypatch.setenv("YUNMIN_SCAN", "reference")
     assert choose_backend(cpu) == "reference"
     with use_backend("chunked"):
@@ -187,7 +217,7 @@ def test_the_backend_is_forced_by_block_and_by_environment(monkeypatch: pytest.M
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "scan backend must be one of reference, chunked, cuda, got 'fast'"
+    message = "scan backend must be one of reference, chunked, native, cuda, got 'fast'"
     with pytest.raises(ConfigError, match=message), use_backend("fast"):
         pass
     monkeypatch.setenv("YUNMIN_SCAN", "fast")
@@ -206,7 +236,13 @@ def test_cuda_is_chosen_where_it_can_compute(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(scan, "_cuda_kernels_installed", lambda: True)
     assert choose_backend(torch.device("cuda")) == "cuda"
     assert choose_backend(torch.device("cuda"), torch.float64) == "chunked"
-    assert choose_backend(torch.device("cpu")) == "chunked"
+    assert choose_backend(torch.device("cpu")) == "native"
+
+
+def test_native_kernels_are_refused_where_they_cannot_compute() -> None:
+    message = "the scan backend 'native' computes on the CPU, the inputs are on cuda"
+    with pytest.raises(ConfigError, match=message), use_backend("native"):
+        choose_backend(torch.device("cuda"))
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
