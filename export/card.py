@@ -24,6 +24,7 @@ _CLAIMS = {
     "float32": "the artifact's weights against the trained model, fp32",
     "float64": "the same export computed in fp64",
     "stepwise": "its prefill and steps against its own whole sequences",
+    "layers": "the runtime on the integers of one layer at a time against plain torch, the worst",
     "quantized": "the runtime on its integers against plain torch on them",
     "cut": "its weights against the model that was cut further, fp64",
 }

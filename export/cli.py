@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
             "yunmin export training_outputs/my-run/checkpoint-500 artifact/ --force",
             "yunmin export path/to/mamba-130m-hf artifact/ --adapter my-lora/ --data held-out.txt --json",
             "yunmin export training_outputs/my-run small/ --quantize int8",
-            "yunmin export training_outputs/my-run small/ --quantize int4 --calibrate training.txt --data held-out.txt",
+            "yunmin export training_outputs/my-run small/ --quantize int4 --calibrate text/ --order quantization",
         ],
     )
     arguments.add_argument("source", help="run folder, a checkpoint of it, any Mamba checkpoint, or a Hub id")
@@ -34,7 +34,15 @@ def main(argv: list[str]) -> int:
         choices=("int8", "int4"),
         help="store weights in int8, one scale per row, or int4, one per 32 inputs",
     )
-    arguments.add_argument("--calibrate", metavar="SOURCE", help="text that int4 weights are rounded for (GPTQ)")
+    arguments.add_argument(
+        "--calibrate", metavar="SOURCE", help="text that int4 weights are rounded for (GPTQ), and orders are solved on"
+    )
+    arguments.add_argument(
+        "--order",
+        choices=("trained", "identity", "random", "correlation", "quantization"),
+        default="trained",
+        help="of the channels, which changes no function; 'quantization' lowers the error of int4 groups (%(default)s)",
+    )
     arguments.add_argument(
         "--tokens", type=int, default=16384, metavar="N", help="measure perplexity on so many tokens (%(default)s)"
     )
@@ -56,6 +64,7 @@ def main(argv: list[str]) -> int:
             data=options.data,
             quantize=options.quantize or "none",
             calibrate=options.calibrate,
+            order=options.order,
             measured_tokens=options.tokens,
             calibration_tokens=options.calibration_tokens,
         ),

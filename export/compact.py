@@ -45,11 +45,13 @@ class Compact:
         config: with the widths that are left.
         tensors: merged, folded, cut and ordered.
         channels: per layer, the starting inner channel at each position.
+        residual: the starting channel of the residual stream at each position.
     """
 
     config: MambaConfig
     tensors: dict[str, Tensor]
     channels: tuple[Tensor, ...]
+    residual: Tensor
 
     def cast(self, dtype: torch.dtype) -> Compact:
         return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
@@ -97,7 +99,7 @@ def compact_model(source: Source, dtype: torch.dtype = torch.float64) -> Compact
         config, tensors = merge_adapter(config, tensors, adapter)
     config, tensors = fold_gates(config, tensors, source.pillars)
     config, tensors = take_survivors(config, tensors, channels, states)
-    return Compact(config, tensors, channels)
+    return Compact(config, tensors, channels, torch.arange(config.d_model))
 
 
 def trained_model(source: Source) -> MambaLM:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from export.compact import Compact, Source, compact_model, read_source, trained_model
+from export.order import ORDERS_BY_TEXT, OrderKind, reordered
 from export.provenance import provenance_of
 from export.quality import measure
 from export.quantize import quantize_checkpoint
@@ -34,20 +35,23 @@ class Options:
     Attributes:
         data: text to verify and to measure perplexity on; None takes the standard library's.
         quantize: how weights are stored.
-        calibrate: text that int4 weights are rounded for; None rounds each to nearest.
+        calibrate: text that int4 weights are rounded for, and activations are observed on; without it int4 weights are
+            rounded to nearest.
+        order: of the channels.
         measured_tokens, calibration_tokens: how many tokens of either text are read at most.
     """
 
     data: str | None = None
     quantize: Format = "none"
     calibrate: str | None = None
+    order: OrderKind = "trained"
     measured_tokens: int = MEASURED_TOKENS
     calibration_tokens: int = CALIBRATION_TOKENS
 
     def __post_init__(self) -> None:
         if self.calibrate is not None and not self.calibrates:
             raise ConfigError(
-                f"--calibrate {self.calibrate}: calibration is for int4 weights, which were not asked for"
+                f"--calibrate {self.calibrate}: expected --quantize int4, or --order {' or '.join(ORDERS_BY_TEXT)}"
             )
         for name in ("measured_tokens", "calibration_tokens"):
             if getattr(self, name) < 2:
@@ -55,6 +59,11 @@ class Options:
 
     @property
     def calibrates(self) -> bool:
+        """Whether text is needed to calibrate on."""
+        return self.rounds_by_text or self.order in ORDERS_BY_TEXT
+
+    @property
+    def rounds_by_text(self) -> bool:
         return self.calibrate is not None and self.quantize == "int4"
 
     @property
@@ -102,21 +111,22 @@ def export(
     probe = make_probe(read.checkpoint.tokenizer, config.n_tokens, options.data)
     texts = _texts(read, options)
     report("merging, folding, cutting")
-    compact = compact_model(read)
+    compact = reordered(compact_model(read), options.order, texts.calibration if texts is not None else None, report)
     report(f"verifying in float64 on {probe.tokens} tokens")
     trained, parity = _verify_float64(read, compact, probe)
     compact = compact.cast(torch.float32)  # the one rounding
     exact = replace(read.checkpoint, config=compact.config, tensors=compact.tensors)
     proof = Proof({"float64": parity}, {})
-    artifact, facts = exact, dict[str, Any]()
+    artifact, facts = exact, dict[str, Any](order=options.order)
     if options.quantize != "none":
         report(f"verifying in float32 on {probe.tokens} tokens")
         proof = proof.joined(_verify_float32(read, exact, probe, trained))
         if texts is not None:
             proof = proof.joined(measured={"before": measure(exact, texts.measured, report, "as trained")})
-        calibration = texts.calibration if texts is not None else None
+        calibration = texts.calibration if texts is not None and options.rounds_by_text else None
         artifact = quantize_checkpoint(exact, Quantization(options.quantize), calibration, report)
-        facts["calibration"] = None if calibration is None else calibration.describe()
+        if calibration is not None:
+            facts["calibration"] = calibration.describe()
 
     def verify_written(folder: Path) -> Proof:
         report(f"verifying what was written on {probe.tokens} tokens")
@@ -134,6 +144,7 @@ def export(
         source=read.checkpoint,
         artifact=artifact,
         channels=compact.channels,
+        residual=compact.residual,
         provenance=provenance_of(read, probe.origin) | facts,
         verify=verify_written,
         force=force,
@@ -143,7 +154,7 @@ def export(
 def _texts(source: Source, options: Options) -> Texts | None:
     """What to measure and calibrate on; None for a model without tokenizer, where nothing depends on text."""
     tokenizer = source.checkpoint.tokenizer
-    if not options.measures or (tokenizer is None and not options.calibrates):
+    if not (options.measures or options.calibrates) or (tokenizer is None and not options.calibrates):
         return None
     return read_texts(
         tokenizer,

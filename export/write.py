@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from export.card import model_card
@@ -66,6 +68,7 @@ def write_artifact(
     source: Checkpoint,
     artifact: Checkpoint,
     channels: Sequence[Tensor],
+    residual: Tensor,
     provenance: Mapping[str, Any],
     verify: Callable[[Path], Proof],
     force: bool = False,
@@ -77,6 +80,7 @@ def write_artifact(
         source: the checkpoint it was made of; its tokenizer is copied and its widths are what was there before.
         artifact: what is written: config, tensors, quantization.
         channels: per layer, the starting inner channel at each position, int64.
+        residual: the starting channel of the residual stream at each position, int64 (d,); written where it changed.
         provenance: for the manifest.
         verify: given the folder without its manifest; raises unless the model in it may be published.
         force: whether an existing folder gives way.
@@ -94,6 +98,8 @@ def write_artifact(
             write_checkpoint(folder, config, artifact.tensors, quantization)
             copy_tokenizer(source.folder, folder)
             write_scan_order(folder, channels, starting_widths=source.config.d_inner)
+            if not torch.equal(residual, torch.arange(config.d_model)):
+                np.save(folder / "residual_order.npy", residual.numpy())
             proof = verify(folder)
             card = model_card(
                 out.absolute().name,

@@ -83,6 +83,9 @@ class TrainingConfig(BaseModel):
     )
     scan_start: Literal["identity", "random"] = Field("identity", description="the first order")
     scan_update_frequency: Count = Field(1000, description="steps between two orders")
+    scan_objective: Literal["correlation", "quantization"] = Field(
+        "correlation", description="neighbours are correlated channels, or ones whose weights share an int4 scale well"
+    )
     scan_gradient_weighted: bool = Field(False, description="weigh correlations by the channels' gradients")
 
     # pillar 2: masking

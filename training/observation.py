@@ -11,6 +11,7 @@ from training.config import TrainingConfig
 from training.gating import mixers_of
 from training.scan_order import VariableScanOptimizer
 from yunmin.model import MambaLM
+from yunmin.quantization.order import Grouped, quantization_order
 
 _POSITIONS = 256  # observed per step and layer: enough for a correlation over many steps, and cheap
 
@@ -37,8 +38,9 @@ class ScanOrders:
                 start=config.scan_start,
                 mode="static" if config.scan_mode == "static" else "dynamic",
                 generator=generator,
+                objective=self._group_quantization(layer) if config.scan_objective == "quantization" else None,
             )
-            for inner in model.config.d_inner
+            for layer, inner in enumerate(model.config.d_inner)
         ]
 
     @property
@@ -90,6 +92,16 @@ class ScanOrders:
         for layer, scan in enumerate(self._scans):
             prefix = f"scan.{layer}."
             scan.load_statistics({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
+
+    def _group_quantization(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Orders a layer's channels for the weights it has when the order is solved."""
+
+        def objective(order: Tensor, mean_squares: Tensor) -> Tensor:
+            mixer = mixers_of(self.model)[layer]
+            x_proj, out_proj = (p.weight.detach().float().cpu() for p in (mixer.x_proj, mixer.out_proj))
+            return quantization_order([Grouped(x_proj, mean_squares.float()), Grouped(out_proj)], order)
+
+        return objective
 
     def _observer(self, layer: int) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:

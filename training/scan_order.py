@@ -7,20 +7,15 @@ function; it decides which channels share a block gate or an N:M group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from yunmin.channel_path import Matrix, correlation_matrix, nearest_neighbour, path_cost, two_opt
 from yunmin.errors import ShapeError, YunminError
-
-Matrix = NDArray[np.float64]
-Order = NDArray[np.int64]
-
-_CONSTANT = 1e-10  # a channel whose deviation is below this share of its magnitude carries no correlation
-_MAX_PASSES = 20  # of 2-opt; it converges in fewer on real activations
 
 
 class VariableScanOptimizer:
@@ -32,6 +27,8 @@ class VariableScanOptimizer:
         start: "identity", or "random" drawn from `generator`.
         mode: "static" solves once, "dynamic" again after every further `update_frequency` calls.
         generator: source of the random start.
+        objective: given the order and the channels' mean squares, a better order or the same; None solves for short
+            paths between correlated channels.
     """
 
     def __init__(
@@ -42,8 +39,10 @@ class VariableScanOptimizer:
         start: Literal["identity", "random"] = "identity",
         mode: Literal["static", "dynamic"] = "dynamic",
         generator: torch.Generator | None = None,
+        objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.d_model = d_model
+        self.objective = objective
         self.update_frequency = update_frequency
         self.mode = mode
         self.solutions = 0
@@ -94,15 +93,23 @@ class VariableScanOptimizer:
         """Solves for the order from what was accumulated, then starts afresh; returns whether the order changed."""
         if self._count < 2 or self.is_done:
             return False
+        solved = self._by_correlation() if self.objective is None else self.objective(self._order, self.mean_squares())
+        improved = not torch.equal(solved, self._order)
+        self._order = solved
+        self.solutions += 1
+        self._reset()
+        return improved
+
+    def mean_squares(self) -> Tensor:
+        """Mean square of each channel over what was accumulated, float64 (D,)."""
+        return self._comoment.diagonal() / max(self._count, 1.0) + self._mean.square()
+
+    def _by_correlation(self) -> Tensor:
         cost = self.cost_matrix()
         current = self._order.numpy()
         solved = two_opt(nearest_neighbour(cost, int(current[0])), cost)
         improved = path_cost(solved, cost) < path_cost(current, cost) - 1e-12
-        if improved:
-            self._order = torch.from_numpy(solved)
-        self.solutions += 1
-        self._reset()
-        return bool(improved)
+        return torch.from_numpy(solved) if improved else self._order
 
     def get_permutation(self) -> Tensor:
         """The channel at each position, int64 (D,)."""
@@ -114,11 +121,7 @@ class VariableScanOptimizer:
 
     def correlation(self) -> Matrix:
         """Correlations of the channels, (D, D); 0 with a channel that is constant."""
-        deviation = self._comoment.diagonal().div(max(self._count, 1.0)).sqrt()
-        is_constant = deviation <= _CONSTANT * (self._mean.abs() + deviation.max())
-        scale = torch.where(is_constant, torch.inf, deviation)
-        rho = self._comoment / max(self._count, 1.0) / scale[:, None] / scale[None, :]
-        return rho.clamp(-1.0, 1.0).numpy()
+        return correlation_matrix(self._mean, self._comoment / max(self._count, 1.0))
 
     def cost_matrix(self) -> Matrix:
         """Cost of having two channels side by side, (D, D)."""
@@ -161,45 +164,3 @@ class VariableScanOptimizer:
         self._comoment += centered.T @ centered + torch.outer(shift, shift) * (self._count * count / total)
         self._mean += shift * (count / total)
         self._count = total
-
-
-def nearest_neighbour(cost: Matrix, start: int) -> Order:
-    """A path through all channels that always goes to the nearest one left."""
-    size = cost.shape[0]
-    order = np.empty(size, dtype=np.int64)
-    order[0] = start
-    is_left = np.ones(size, dtype=bool)
-    is_left[start] = False
-    for position in range(1, size):
-        order[position] = np.where(is_left, cost[order[position - 1]], np.inf).argmin()
-        is_left[order[position]] = False
-    return order
-
-
-def two_opt(order: Order, cost: Matrix) -> Order:
-    """Reverses segments of a path while that shortens it (Croes 1958), with open ends."""
-    order = order.copy()
-    size = order.size
-    for _ in range(_MAX_PASSES):
-        improved = False
-        for i in range(size - 1):
-            # reversing order[i..j] replaces the edges (i-1, i) and (j, j+1); an end of the path has no edge
-            ends = np.arange(i + 1, size)
-            after = order[np.minimum(ends + 1, size - 1)]
-            has_after = ends + 1 < size
-            gain = np.where(has_after, cost[order[ends], after] - cost[order[i], after], 0.0)
-            if i > 0:
-                before = order[i - 1]
-                gain = gain + cost[before, order[i]] - cost[before, order[ends]]
-            best = int(gain.argmax())
-            if gain[best] > 1e-12:
-                order[i : ends[best] + 1] = order[i : ends[best] + 1][::-1].copy()
-                improved = True
-        if not improved:
-            break
-    return order
-
-
-def path_cost(order: Order, cost: Matrix) -> float:
-    """Sum of the costs between neighbours."""
-    return float(cost[order[:-1], order[1:]].sum())

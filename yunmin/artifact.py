@@ -84,9 +84,9 @@ class Manifest(_Record):
         cuts: per layer, the inner channels and states kept.
         parity: "float32" (the artifact's own tensors) and "float64" (the mathematics) against the trained model, and
             "stepwise": the artifact's prefill and steps against its own whole sequences. Where more was done to the
-            weights than is exact, the first two are about the weights before; "quantized" then compares the runtime
-            that serves the stored integers with plain torch, and "cut" the artifact's tensors with the model that was
-            cut further.
+            weights than is exact, the first two are about the weights before; "layers" (one at a time, the worst)
+            and "quantized" (all of them) then compare the runtime that serves the stored integers with plain torch, and
+            "cut" the artifact's tensors with the model that was cut further.
         quantization: how the weights are stored.
         perplexity: "before" (as trained) and "after" (the artifact), where they were measured.
     """

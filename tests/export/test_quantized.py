@@ -87,7 +87,7 @@ def test_manifest_tells_the_perplexities(artifact: Path, run_folder: Path, text:
 
 def test_runtime_is_proven_against_the_integers_in_plain_torch(artifact: Path) -> None:
     _, manifest = load_artifact(artifact)
-    assert list(manifest.parity) == ["float64", "float32", "stepwise", "quantized"]
+    assert list(manifest.parity) == ["float64", "float32", "stepwise", "layers", "quantized"]
     assert all(parity.holds and parity.tokens > 20 for parity in manifest.parity.values())
 
 
@@ -181,8 +181,14 @@ def test_weight_that_cannot_be_quantized_is_refused_by_name(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--quantize", "int8", "--calibrate", "stdlib"], "--calibrate stdlib: calibration is for int4 weights"),
-        (["--calibrate", "stdlib"], "--calibrate stdlib: calibration is for int4 weights"),
+        (
+            ["--quantize", "int8", "--calibrate", "stdlib"],
+            "--calibrate stdlib: expected --quantize int4, or --order correlation or quantization",
+        ),
+        (
+            ["--calibrate", "stdlib"],
+            "--calibrate stdlib: expected --quantize int4, or --order correlation or quantization",
+        ),
         (["--quantize", "int8", "--tokens", "1"], "measured_tokens must be at least 2, got 1"),
         (["--quantize", "int4", "--calibrate", "missing.txt"], "missing.txt: expected a text file"),
     ],
@@ -226,6 +232,6 @@ def test_old_manifests_without_perplexity_are_read() -> None:
 
 
 def test_options_refuse_calibration_without_int4() -> None:
-    with pytest.raises(ConfigError, match="calibration is for int4"):
+    with pytest.raises(ConfigError, match="expected --quantize int4"):
         Options(calibrate=STDLIB)
     assert make_probe(None, 10).tokens > 0

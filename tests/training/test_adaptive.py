@@ -72,6 +72,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"weight_mask": "element", "mask_targets": ("in_proj", "x_proj"), "scan_mode": "static"},
     {"scan_mode": "none", "uniform_widths": False, "scan_start": "random", "lora_targets": ("out_proj", "in_proj")},
     {"enable_masking": False, "scan_gradient_weighted": True},
+    {"scan_objective": "quantization", "channel_gates": "block"},
     {"importance": "probability", "target_state_sparsity": 0.0, "enable_ia3": False},
 ]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.scan_order import VariableScanOptimizer, nearest_neighbour, path_cost, two_opt
+from training.scan_order import VariableScanOptimizer
+from yunmin.channel_path import nearest_neighbour, path_cost, two_opt
 from yunmin.errors import ShapeError, YunminError
 
 
@@ -146,3 +147,19 @@ def test_wrong_width_and_infinite_activations_are_refused() -> None:
         optimizer.update_permutation(torch.zeros(2, 3, 5))
     with pytest.raises(YunminError, match="not finite"):
         optimizer.update_permutation(torch.full((1, 2, 4), float("nan")))
+
+
+def test_objective_of_ones_own_decides_the_order() -> None:
+    seen = {}
+
+    def objective(order: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
+        seen["mean_squares"] = mean_squares
+        return order.flip(0)
+
+    optimizer = VariableScanOptimizer(5, update_frequency=2, objective=objective)
+    batches = [correlated(5, seed) for seed in range(2)]
+    assert not optimizer.update_permutation(batches[0])
+    assert optimizer.update_permutation(batches[1])
+    assert optimizer.get_permutation().tolist() == [4, 3, 2, 1, 0]
+    rows = torch.cat([b.reshape(-1, 5) for b in batches]).double()
+    torch.testing.assert_close(seen["mean_squares"], rows.square().mean(0), rtol=1e-10, atol=1e-12)

@@ -11,6 +11,7 @@ _CLAIMS = {
     "float64": "trained model, both in fp64",
     "float32": "trained model, as written",
     "stepwise": "own whole sequences, by steps",
+    "layers": "same layer in plain torch, worst",
     "quantized": "own integers in plain torch",
     "cut": "model that was cut further, fp64",
 }
