@@ -95,7 +95,7 @@ class LanguageModel:
     def step(self, token_id: int, state: MambaState) -> tuple[Tensor, MambaState]:
         """One more token of one sequence: logits (V,) and the next state; the one given is not modified."""
         logits, state = self.runtime.step(self.encode([token_id]), state.copy())
-        return logits[0].clone(), state
+        return logits[0], state
 
     def snapshot(self, prompt: Prompt, after: Snapshot | None = None) -> Snapshot:
         """Reads a prompt (after a snapshot, where given) into a snapshot to continue from, save or fork."""
@@ -179,7 +179,7 @@ def load(
         device = "cuda" if torch.cuda.is_available() and runtime != "native" else "cpu"
     if runtime == "native" and device != "cpu":
         raise ConfigError(f"the native runtime runs on the CPU, not on {device!r}")
-    folder = find_checkpoint(source)
+    folder = Path(source) if is_artifact(source) else find_checkpoint(source)
     if not is_artifact(folder) and is_trained_here(folder):
         if runtime == "native":
             raise ConfigError(f"{folder}: the native runtime runs no gates or adapters; export it first")

@@ -13,7 +13,7 @@ from yunmin.state import MambaState
 
 
 class Runtime(Protocol):
-    """Computes logits and states; knows token ids, not text. One call at a time."""
+    """Computes logits and states; knows token ids, not text. Threads may share it."""
 
     name: str
 
@@ -42,7 +42,7 @@ class Runtime(Protocol):
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
         """One token for each of B sequences -> logits (B, V) and the next state.
 
-        The call may write the next state over the one given, and the next call over these logits.
+        The call may write the next state over the one given.
         """
         ...
 

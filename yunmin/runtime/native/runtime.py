@@ -40,7 +40,7 @@ class NativeRuntime:
     """Runs a checkpoint on the CPU in native code; see `Runtime` for the methods.
 
     Float32, int8 and int4 weights. A row's logits and states depend neither on the other rows of a batch nor on how a
-    sequence is cut into chunks and steps: they are the same to the last bit. One call at a time.
+    sequence is cut into chunks and steps: they are the same to the last bit. Threads may share a runtime; their calls take turns.
 
     Args:
         checkpoint: as stored.
@@ -52,7 +52,6 @@ class NativeRuntime:
         self._weights = prepare_weights(checkpoint.config, checkpoint.quantization, checkpoint.tensors)
         self._scratch = Scratch(self._weights, 1, get_threads())
         self._working = threading.Lock()  # over the scratch memory
-        self._logits = torch.empty(0, self._weights.logits_width)
 
     @property
     def config(self) -> MambaConfig:
@@ -80,12 +79,9 @@ class NativeRuntime:
         return logits[0, : self.config.vocab_size], own
 
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, NativeState]:
-        """As in `Runtime`; the state is updated in place, and the logits are valid until the next step."""
+        """As in `Runtime`; a state of this runtime is updated in place."""
         own = state if isinstance(state, NativeState) else NativeState.copied(self._weights, state)
-        batch = len(token_ids)
-        if self._logits.shape[0] < batch:
-            self._logits = torch.empty(batch, self._weights.logits_width)
-        logits = self._logits[:batch]
+        logits = torch.empty(len(token_ids), self._weights.logits_width)
         self._run(np.asarray(token_ids, np.int64)[:, None], own, logits)
         return logits[:, : self.config.vocab_size], own
 
