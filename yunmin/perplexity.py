@@ -88,6 +88,7 @@ def perplexity(
     mean = nll / total
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, mean, total, window, stride)
 
+
 def token_stream(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int | None) -> tuple[list[int], list[str]]:
     """Ids of which all but the first are scored, and the pieces of text that the scored ones spell.
 

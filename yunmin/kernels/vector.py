@@ -191,6 +191,64 @@ def magnitude(_context: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def larger(_context: Any, left: Any, right: Any) -> Any:
+    """The larger number of each lane; where one is NaN, the right one."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return left(left, right), codegen
+
+
+@intrinsic
+def largest(_context: Any, vector: Any) -> Any:
+    """The largest of a vector's lanes; undefined where one is NaN."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        best = builder.extract_element(arguments[0], ir.Constant(ir.IntType(32), 0))
+        for lane in range(1, LANES):
+            other = builder.extract_element(arguments[0], ir.Constant(ir.IntType(32), lane))
+            best = builder.select(builder.fcmp_ordered(">", other, best), other, best)
+        return best
+
+    return vector.dtype(vector), codegen
+
+
+@intrinsic
+def to_float(_context: Any, vector: Any) -> Any:
+    """A vector of int32 as float32."""
+    if vector != Vector(types.int32):
+        return None
+    floats = Vector(types.float32)
+
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.sitofp(arguments[0], context.get_value_type(floats))
+
+    return floats(vector), codegen
+
+
+# added to a float32 below 2^22 in magnitude, it rounds to an integer (half to even) and leaves that integer's low byte
+# in the low byte of the representation
+ROUNDER = 1.5 * 2**23
+
+
+@intrinsic
+def store_low_bytes(_context: Any, array: Any, index: Any, shifted: Any) -> Any:
+    """Writes the low byte of each lane's representation to `array[index]` and what follows; the array is of int8."""
+    if shifted != Vector(types.float32):
+        return None
+    bytes_type = ir.VectorType(ir.IntType(8), LANES)
+
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer = builder.bitcast(_element(context, builder, array, *arguments[:2]), bytes_type.as_pointer())
+        bits = builder.bitcast(arguments[2], context.get_value_type(Vector(types.int32)))
+        builder.store(builder.trunc(bits, bytes_type), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, shifted), codegen
+
+
+@intrinsic
 def _power_of_two(_context: Any, shifted: Any) -> Any:
     """The float whose exponent field is the lowest bits of `shifted`'s representation."""
     mantissa_bits = 23 if shifted.dtype == types.float32 else 52
