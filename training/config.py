@@ -39,6 +39,11 @@ class TrainingConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, data order, gates and dropout")
     device: str = Field("auto", description="torch device; auto is CUDA where there is one")
 
+    matmul_precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of products in projections and head while training; bfloat16 is faster on processors made for it",
+    )
+
     # the model, when it starts from scratch
     d_model: Count = Field(256, description="width of the residual stream")
     n_layers: Count = Field(4, description="number of layers")
