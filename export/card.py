@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from export.search import CURVE_HEADER, curve_rows
 from yunmin.artifact import Parity, PerplexityRecord
 from yunmin.config import MambaConfig
 from yunmin.cost import Cost
@@ -102,6 +103,7 @@ def model_card(
         if is_untied
         else ""
     )
+    terms += _search_section(provenance, perplexity)
     notes = untied + ("" if quantization == "none" else f"\n{_STORED[quantization]}")
     return f"""---
 library_name: {"transformers" if is_for_transformers else "yunmin"}
@@ -141,6 +143,22 @@ yunmin serve .
 Not stated here: the license of the model that this one was derived from applies. Name it before you publish this
 folder.
 """
+
+
+def _search_section(provenance: Mapping[str, Any], perplexity: Mapping[str, PerplexityRecord]) -> str:
+    """What was tried, where precision and width were searched for, and what was given up."""
+    if "search" not in provenance:
+        return ""
+    search, cut = provenance["search"], provenance.get("approximate_cut")
+    curve = _markdown_table(CURVE_HEADER, curve_rows(search["curve"], perplexity["before"].token_perplexity))
+    share = search["max_perplexity_increase"]
+    text = f"\n\nThis is the smallest of these whose perplexity rises by at most {share:.2%}:\n\n{curve}"
+    if cut is not None:
+        text += (
+            f"\n\nThe cut to {cut['inner_width']} of {cut['of']} inner channels is approximate: it removed channels "
+            f"that training had not closed, ranked by {cut['ranked_by']} on {cut['ranked_on']['source']}."
+        )
+    return text
 
 
 def _widths(what: str, widths: tuple[int, ...]) -> str:

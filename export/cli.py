@@ -19,6 +19,7 @@ def main(argv: list[str]) -> int:
             "yunmin export path/to/mamba-130m-hf artifact/ --adapter my-lora/ --data held-out.txt --json",
             "yunmin export training_outputs/my-run small/ --quantize int8",
             "yunmin export training_outputs/my-run small/ --quantize int4 --calibrate text/ --order quantization",
+            "yunmin export training_outputs/my-run small/ --max-perplexity-increase 2% --data held-out.txt",
         ],
     )
     arguments.add_argument("source", help="run folder, a checkpoint of it, any Mamba checkpoint, or a Hub id")
@@ -44,6 +45,11 @@ def main(argv: list[str]) -> int:
         help="of the channels, which changes no function; 'quantization' lowers the error of int4 groups (%(default)s)",
     )
     arguments.add_argument(
+        "--max-perplexity-increase",
+        metavar="SHARE",
+        help="find the smallest precision and width whose perplexity rises by no more, like 2%%; cuts are approximate",
+    )
+    arguments.add_argument(
         "--tokens", type=int, default=16384, metavar="N", help="measure perplexity on so many tokens (%(default)s)"
     )
     arguments.add_argument(
@@ -54,7 +60,10 @@ def main(argv: list[str]) -> int:
     options = arguments.parse_args(argv)
 
     from export.card import parity_rows, perplexity_rows, perplexity_terms, plain_table, size_rows
-    from export.pipeline import Options, export
+    from export.curve_plot import CURVE_FILE, can_plot
+    from export.options import Options
+    from export.pipeline import export
+    from export.search import CURVE_HEADER, curve_rows, parse_increase
 
     manifest = export(
         options.source,
@@ -65,6 +74,7 @@ def main(argv: list[str]) -> int:
             quantize=options.quantize or "none",
             calibrate=options.calibrate,
             order=options.order,
+            max_increase=parse_increase(options.max_perplexity_increase) if options.max_perplexity_increase else None,
             measured_tokens=options.tokens,
             calibration_tokens=options.calibration_tokens,
         ),
@@ -74,6 +84,11 @@ def main(argv: list[str]) -> int:
     if options.json:
         print_json({"artifact": options.out, **manifest.model_dump()})
         return 0
+    search = manifest.provenance.get("search")
+    if search is not None:
+        print(plain_table(CURVE_HEADER, curve_rows(search["curve"], manifest.perplexity["before"].token_perplexity)))
+        plotted = f"plotted in {CURVE_FILE}" if can_plot() else "not plotted: matplotlib is not installed"
+        print(f"  (the smallest within {search['max_perplexity_increase']:.2%} was taken; {plotted})\n")
     print(f"{options.out}: written and verified on {manifest.provenance['verified_on']}\n")
     rows = size_rows(manifest.before, manifest.after) + perplexity_rows(manifest.perplexity)
     print(plain_table(("size", "before", "after", "ratio"), rows))

@@ -3,73 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from export.change import changed
 from export.compact import Compact, Source, compact_model, read_source, trained_model
-from export.order import ORDERS_BY_TEXT, OrderKind, reordered
+from export.curve_plot import CURVE_FILE, can_plot, plot_curve
+from export.options import EXACT, Options
+from export.order import reordered
 from export.provenance import provenance_of
 from export.quality import measure
-from export.quantize import quantize_checkpoint
-from export.texts import CALIBRATION_TOKENS, MEASURED_TOKENS, Texts, read_texts
+from export.texts import Texts, read_texts
 from export.verify import Probe, logits_as_batch, logits_by_steps, logits_one_by_one, make_probe, require_parity
 from export.verify_quantized import verify_quantized
 from export.write import Proof, check_destination, write_artifact
 from yunmin.artifact import Manifest, Parity
 from yunmin.checkpoint import Checkpoint, load_checkpoint
-from yunmin.errors import ConfigError
 from yunmin.model import MambaLM
-from yunmin.quantization.layout import Format, Quantization
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an export is asked for besides exactness.
-
-    Attributes:
-        data: text to verify and to measure perplexity on; None takes the standard library's.
-        quantize: how weights are stored.
-        calibrate: text that int4 weights are rounded for, and activations are observed on; without it int4 weights are
-            rounded to nearest.
-        order: of the channels.
-        measured_tokens, calibration_tokens: how many tokens of either text are read at most.
-    """
-
-    data: str | None = None
-    quantize: Format = "none"
-    calibrate: str | None = None
-    order: OrderKind = "trained"
-    measured_tokens: int = MEASURED_TOKENS
-    calibration_tokens: int = CALIBRATION_TOKENS
-
-    def __post_init__(self) -> None:
-        if self.calibrate is not None and not self.calibrates:
-            raise ConfigError(
-                f"--calibrate {self.calibrate}: expected --quantize int4, or --order {' or '.join(ORDERS_BY_TEXT)}"
-            )
-        for name in ("measured_tokens", "calibration_tokens"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"{name} must be at least 2, got {getattr(self, name)}")
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether text is needed to calibrate on."""
-        return self.rounds_by_text or self.order in ORDERS_BY_TEXT
-
-    @property
-    def rounds_by_text(self) -> bool:
-        return self.calibrate is not None and self.quantize == "int4"
-
-    @property
-    def measures(self) -> bool:
-        """Whether something is done that perplexity has to show."""
-        return self.quantize != "none"
 
 
 def export(
@@ -77,7 +32,7 @@ def export(
     out: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
-    options: Options = Options(),
+    options: Options = EXACT,
     force: bool = False,
     progress: Report | None = None,
 ) -> Manifest:
@@ -99,7 +54,7 @@ def export(
             weights are quantized already.
         ArtifactError: the source is an artifact that does not match its manifest, or `out` cannot be written.
         VerificationError: the result does not compute what the trained model computes, or the runtime not what the
-            stored integers stand for; nothing is left at `out`.
+            stored integers stand for, or nothing smaller keeps the perplexity; nothing is left at `out`.
         DataError, TokenizerError: a text cannot be read or has nothing to measure.
     """
     out = Path(out)
@@ -117,35 +72,36 @@ def export(
     compact = compact.cast(torch.float32)  # the one rounding
     exact = replace(read.checkpoint, config=compact.config, tensors=compact.tensors)
     proof = Proof({"float64": parity}, {})
-    artifact, facts = exact, dict[str, Any](order=options.order)
-    if options.quantize != "none":
+    if options.measures:
         report(f"verifying in float32 on {probe.tokens} tokens")
         proof = proof.joined(_verify_float32(read, exact, probe, trained))
         if texts is not None:
             proof = proof.joined(measured={"before": measure(exact, texts.measured, report, "as trained")})
-        calibration = texts.calibration if texts is not None and options.rounds_by_text else None
-        artifact = quantize_checkpoint(exact, Quantization(options.quantize), calibration, report)
-        if calibration is not None:
-            facts["calibration"] = calibration.describe()
+    change = changed(exact, proof.perplexity.get("before"), texts, options, report)
 
     def verify_written(folder: Path) -> Proof:
         report(f"verifying what was written on {probe.tokens} tokens")
+        if "search" in change.facts and can_plot():
+            plot_curve(folder / CURVE_FILE, change.facts["search"])
         written = load_checkpoint(folder, quantized=True)
-        if options.quantize == "none":
+        if written.quantization.format != "none":
+            proven = proof.joined(verify_quantized(written, probe))
+        elif change.artifact is exact:
             return proof.joined(_verify_float32(read, written, probe, trained))
-        found = proof.joined(verify_quantized(written, probe))
+        else:
+            proven = proof.joined(_verify_cut(change.artifact, written, probe))
         if texts is None:
-            return found
-        return found.joined(measured={"after": measure(written, texts.measured, report, f"in {options.quantize}")})
+            return proven
+        return proven.joined(measured={"after": measure(written, texts.measured, report, "of what was written")})
 
     report("writing")
     return write_artifact(
         out,
         source=read.checkpoint,
-        artifact=artifact,
-        channels=compact.channels,
+        artifact=change.artifact,
+        channels=tuple(channels[index] for channels, index in zip(compact.channels, change.kept, strict=True)),
         residual=compact.residual,
-        provenance=provenance_of(read, probe.origin) | facts,
+        provenance=provenance_of(read, probe.origin) | change.facts,
         verify=verify_written,
         force=force,
     )
@@ -186,5 +142,16 @@ def _verify_float32(source: Source, exported: Checkpoint, probe: Probe, trained_
     model = MambaLM.from_tensors(exported.config, exported.tensors)
     return {
         "float32": require_parity("float32", logits_as_batch(model, probe), trained, hint=hint),
+        "stepwise": require_parity("stepwise", *logits_by_steps(model, probe)),
+    }
+
+
+def _verify_cut(cut: Checkpoint, written: Checkpoint, probe: Probe) -> dict[str, Parity]:
+    """A model that was cut further than is exact, as it was read back, against the same in float64."""
+    wide = {name: tensor.double() for name, tensor in cut.tensors.items()}
+    expected = logits_one_by_one(MambaLM.from_tensors(cut.config, wide), probe)
+    model = MambaLM.from_tensors(written.config, written.tensors)
+    return {
+        "cut": require_parity("cut", logits_as_batch(model, probe).double(), expected),
         "stepwise": require_parity("stepwise", *logits_by_steps(model, probe)),
     }

@@ -11,8 +11,9 @@ import torch
 
 from export.cli import main as export_main
 from export.compact import compact_model, read_source
+from export.options import Options
 from export.order import ORDERS, OrderKind, permuted, reordered
-from export.pipeline import Options, export
+from export.pipeline import export
 from export.statistics import input_statistics
 from export.texts import Text
 from tests.export.fixtures import random_pillars, write_source, write_trained_run

@@ -12,7 +12,8 @@ import torch
 from export import quantize as quantize_module
 from export.cli import main as export_main
 from export.compact import compact_model, read_source
-from export.pipeline import Options, export
+from export.options import Options
+from export.pipeline import export
 from export.texts import STDLIB, read_texts, split_sources
 from export.verify import make_probe
 from tests.export.fixtures import TEXT, lora, small_config, write_adapter, write_source, write_trained_run
@@ -183,11 +184,11 @@ def test_weight_that_cannot_be_quantized_is_refused_by_name(
     [
         (
             ["--quantize", "int8", "--calibrate", "stdlib"],
-            "--calibrate stdlib: expected --quantize int4, or --order correlation or quantization",
+            "--calibrate stdlib: expected --quantize int4, --max-perplexity-increase, or",
         ),
         (
             ["--calibrate", "stdlib"],
-            "--calibrate stdlib: expected --quantize int4, or --order correlation or quantization",
+            "--calibrate stdlib: expected --quantize int4, --max-perplexity-increase, or",
         ),
         (["--quantize", "int8", "--tokens", "1"], "measured_tokens must be at least 2, got 1"),
         (["--quantize", "int4", "--calibrate", "missing.txt"], "missing.txt: expected a text file"),
