@@ -11,6 +11,7 @@ from yunmin.cli import parser
 _BENCHMARKS = {
     "latency": ("benchmarks.latency", "one request at a time: prefill, decode, time to first token, memory, size"),
     "compare": ("benchmarks.compare", "ours against transformers, mambapy, llama.cpp, OpenVINO, ..., in one run"),
+    "train": ("benchmarks.train", "one training step, forward and backward, against transformers and mambapy"),
 }
 
 

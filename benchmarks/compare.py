@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.machine import machine_facts
+from benchmarks.progress import say
 from yunmin.cli import parser, print_json, run
 from yunmin.errors import RequestError
 
@@ -85,19 +86,20 @@ def compare(
     from benchmarks.contest import Contest
     from benchmarks.contestants import gather
     from benchmarks.limits import measure_limits
+    from benchmarks.models import describe, plain_checkpoint
 
     facts = machine_facts()
     out.mkdir(parents=True, exist_ok=True)
-    plain = _plain_checkpoint(model, shape, out)
-    field = gather(wanted, plain, plain.folder.parent, pythons=pythons, say=_say)
+    plain = plain_checkpoint(model, shape, out)
+    field = gather(wanted, plain, plain.folder.parent, pythons=pythons, say=say)
     if not field.contestants:
         missing = "; ".join(f"{name}: {why}" for name, why in field.absent.items())
         raise RequestError("contestants", f"none can take part: {missing}")
     found_limits: Limits | None = None
     if limits:
-        _say("limits of this machine")
+        say("limits of this machine")
         found_limits = measure_limits(plan.threads)
-    contest = Contest(field.contestants, plan, plain.config.n_tokens, _say)
+    contest = Contest(field.contestants, plan, plain.config.n_tokens, say)
     contest.run()
     if found_limits is not None:
         found_limits = found_limits.best_of(measure_limits(plan.threads))
@@ -107,7 +109,7 @@ def compare(
         "machine": facts,
         "load_average_after": round(os.getloadavg()[0], 2),
         "settings": asdict(plan),
-        "model": _describe(plain, model, shape),
+        "model": describe(plain, model, shape),
         "limits": None if found_limits is None else asdict(found_limits),
         **_summed_up(contest, field, plain, found_limits),
     }
@@ -159,57 +161,6 @@ def _limits_of(contestant: Contestant, plan: Plan, plain: Checkpoint, limits: Li
         found[f"decode {batch_size}"] = limit
     single = decode_limit(limits, traffic, 1, weight_bytes=size, product=product)
     return found | {f"depth {depth}": single for depth in plan.depths}
-
-
-def _plain_checkpoint(model: str | None, shape: str | None, out: Path) -> Checkpoint:
-    """The model in fp32, as a Hugging Face folder below `out` that every peer reads."""
-    from benchmarks.shapes import random_checkpoint
-    from yunmin.artifact import is_artifact, load_artifact
-    from yunmin.checkpoint import load_checkpoint, refuse_quantized, write_checkpoint
-    from yunmin.files import atomic_folder
-    from yunmin.pillars import PILLARS_FILE
-
-    if shape is not None:
-        _say(f"random weights of the shape {shape}")
-        return load_checkpoint(random_checkpoint(shape, out / "models" / shape / "fp32"))
-    assert model is not None
-    if is_artifact(model):
-        checkpoint, _ = load_artifact(model)
-        refuse_quantized(model, checkpoint.quantization)
-    else:
-        checkpoint = load_checkpoint(model)
-        if (checkpoint.folder / PILLARS_FILE).exists():
-            raise RequestError("MODEL", f"{checkpoint.folder} has gates: export it first, then compare the artifact")
-    folder = out / "models" / f"{checkpoint.folder.resolve().name}-{_digest(checkpoint)}" / "fp32"
-    if not (folder / "config.json").is_file():
-        with atomic_folder(folder) as aside:
-            write_checkpoint(aside, checkpoint.config, checkpoint.tensors)
-    return load_checkpoint(folder)
-
-
-def _digest(checkpoint: Checkpoint) -> str:
-    """Tells models of one name apart, so that files made for another are not taken for this one's."""
-    import hashlib
-
-    digest = hashlib.sha256(json.dumps(asdict(checkpoint.config), sort_keys=True).encode())
-    for name, tensor in sorted(checkpoint.tensors.items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:10]
-
-
-def _describe(plain: Checkpoint, model: str | None, shape: str | None) -> dict[str, Any]:
-    from yunmin.cost import cost_of
-
-    config = plain.config
-    return {
-        "name": shape if model is None else Path(model).name,
-        "source": model or f"random weights of the shape {shape}",
-        "d_model": config.d_model,
-        "d_inner": list(config.d_inner),
-        "d_state": list(config.d_state),
-        "vocab_size": config.vocab_size,
-        **cost_of(config).to_dict(),
-    }
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -280,10 +231,6 @@ def _sizes(name: str, text: str, low: int) -> tuple[int, ...]:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _say(line: str) -> None:
-    print(f"{datetime.datetime.now().astimezone():%H:%M:%S} {line}", file=sys.stderr, flush=True)
 
 
 def _print_report(path: Path) -> int:

@@ -24,7 +24,7 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, grid = pyplot.subplots(2, 3, figsize=(16, 9), layout="constrained")
-    styles = _styles(result["contestants"])
+    styles = styles_of(result["contestants"])
     _rates(grid[0][0], result, styles, "prefill", "Reading a text", "tokens of the text")
     _rates(grid[0][1], result, styles, "decode", "Generating, by batch", "sequences at once")
     _rates(grid[0][2], result, styles, "depth", "Generating, by depth", "tokens read before", is_linear=True)
@@ -42,7 +42,8 @@ def plot_compare(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _styles(contestants: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def styles_of(contestants: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name -> how its lines are drawn: ours in reds and thick, peers in other colours."""
     ours = [c["name"] for c in contestants if c["is_ours"]]
     peers = [c["name"] for c in contestants if not c["is_ours"]]
     styles = {}
@@ -76,7 +77,9 @@ def _rates(
         if known:
             axes.plot(*zip(*known, strict=True), **styles[contestant["name"]])
     axes.set(title=title, xlabel=label, ylabel="tokens per second")
-    if sizes:
+    if not sizes:
+        _say_nothing(axes)
+    else:
         if not is_linear:
             axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -84,6 +87,11 @@ def _rates(
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.minorticks_off()
     axes.grid(visible=True, which="major", alpha=0.3)
+
+
+def _say_nothing(axes: Any) -> None:
+    axes.set_axis_off()
+    axes.annotate("not measured", (0.5, 0.5), xycoords="axes fraction", ha="center", color="grey")
 
 
 def _bars(axes: Any, result: dict[str, Any], styles: dict[str, Any], quantity: str, title: str, unit: str) -> None:
@@ -107,6 +115,8 @@ def _shares(axes: Any, result: dict[str, Any], styles: dict[str, Any]) -> None:
                 share = contestant["summary"][name] / contestant["limits"][name]
                 place = len(names) - 1 - row - index * height
                 axes.barh(place, share, height * 0.9, color=styles[contestant["name"]]["color"])
+    if not names:
+        _say_nothing(axes)
     axes.axvline(1, color="black", linewidth=0.8)
     middle = 0.4 - height / 2
     axes.set_yticks([len(names) - 1 - row - middle for row in range(len(names))], names, fontsize=8)

@@ -26,6 +26,10 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        return not self.rows or len(self.columns) == 1
+
     def text(self) -> str:
         return "\n".join([text_table(self.title, self.columns, self.rows), *(f"  {note}" for note in self.notes)])
 
@@ -42,6 +46,10 @@ class Listing:
 
     title: str
     entries: tuple[tuple[str, str], ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.entries
 
     def text(self) -> str:
         return "\n".join([self.title, *(f"  {name}: {text}" for name, text in self.entries)])
@@ -71,13 +79,13 @@ class Line:
 def compare_tables(result: dict[str, Any]) -> list[Table | Listing]:
     """Everything to show of a result of `benchmarks.compare`."""
     measured = quantities(result)
-    speeds = [quantity for quantity in measured if not quantity.startswith(LESS_IS_BETTER)]
+    speeds = [quantity for quantity in measured if quantity.startswith(("prefill", "decode"))]
+    depths = [quantity for quantity in measured if quantity.startswith("depth")]
     sizes = [quantity for quantity in measured if quantity.startswith(LESS_IS_BETTER)]
-    threads = result["settings"]["threads"]
+    model = f"{result['model']['name']}, {result['settings']['threads']} threads"
     found: list[Table | Listing] = [
-        Table(
-            f"Tokens per second, {result['model']['name']}, {threads} threads", ("", *speeds), _figures(result, speeds)
-        ),
+        Table(f"Tokens per second, {model}", ("", *speeds), _figures(result, speeds)),
+        Table(f"Tokens per second after so many tokens, {model}", ("", *depths), _figures(result, depths)),
         Table(
             "Loading and memory",
             ("", *sizes, "logits differ by"),
@@ -102,7 +110,7 @@ def compare_tables(result: dict[str, Any]) -> list[Table | Listing]:
         Listing("Who ran", tuple(_versions(result))),
         Listing("Not measured", tuple(_missing(result))),
     ]
-    return [part for part in found if (part.rows if isinstance(part, Table) else part.entries)]
+    return [part for part in found if not part.is_empty]
 
 
 def lines(result: dict[str, Any]) -> list[Line]:
@@ -154,10 +162,10 @@ def _figures(
 
 def _line_row(line: Line) -> tuple[str, ...]:
     def compared(peer: tuple[str, float] | None) -> tuple[str, str]:
-        return ("–", "–") if peer is None else (f"{peer[0]} {number(peer[1])}", _ratio(line.figure, peer[1]))
+        return ("–", "–") if peer is None else (peer[0], _ratio(line.figure, peer[1]))
 
     limit = ("–", "–") if line.limit is None else (number(line.limit), _ratio(line.figure, line.limit))
-    name = f"{line.quantity}, {line.ours}"
+    name = f"{line.quantity}, {line.ours.removeprefix('ours ')}"
     return (name, number(line.figure), *compared(line.like), *compared(line.best), *limit)
 
 

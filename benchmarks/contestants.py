@@ -183,7 +183,7 @@ def _our_folder(kind: str, plain: Checkpoint, cache: Path, say: Say) -> tuple[Pa
         weights = round_tensors(plain.tensors, quantized)
         packed = pack_tensors(plain.config, plain.tensors, weights, quantized)
         cost = cost_of(plain.config)
-        with atomic_folder(folder) as aside:
+        with atomic_folder(folder, replace=True) as aside:
             write_checkpoint(aside, plain.config, packed, quantized)
             write_manifest(
                 aside,

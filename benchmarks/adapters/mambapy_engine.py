@@ -9,15 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mambapy.lm import LM
-from mambapy.mamba import MambaConfig
+from mambapy.mamba import Mamba, MambaConfig, RMSNorm
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.adapters.contract import Setup, Unavailable
 
 
-def load_mambapy(folder: str) -> Any:
+class MambapyLM(nn.Module):
+    """Its `lm.LM` line by line, which cannot be imported without mamba_ssm since version 1.2 (through its Mamba-2)."""
+
+    def __init__(self, config: Any, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.mamba = Mamba(config)
+        self.norm_f = RMSNorm(config.d_model, config.rms_norm_eps, config.mup)
+        self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Ids (B, L) -> logits (B, L, V)."""
+        logits: Tensor = self.lm_head(self.norm_f(self.mamba(self.embedding(tokens))))
+        return logits
+
+    def step(self, token: Tensor, caches: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Ids (B,) and caches of all layers -> logits (B, V) and the next caches."""
+        hidden, caches = self.mamba.step(self.embedding(token), caches)
+        return self.lm_head(self.norm_f(hidden)), caches
+
+
+def load_mambapy(folder: str) -> MambapyLM:
     """Its language model with the weights of a Hugging Face folder.
 
     Raises:
@@ -39,10 +60,11 @@ def load_mambapy(folder: str) -> Any:
         conv_bias=raw["use_conv_bias"],
     )
     with torch.device("meta"):
-        model = LM(config, vocab_size=raw["vocab_size"])
+        model = MambapyLM(config, raw["vocab_size"])
     renamed = {_its_name(name): tensor for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
     renamed.setdefault("lm_head.weight", renamed["embedding.weight"])
     model.load_state_dict(renamed, assign=True)
+    model.requires_grad_(True)
     if raw["tie_word_embeddings"]:
         model.lm_head.weight = model.embedding.weight
     return model
@@ -55,11 +77,11 @@ class MambapyEngine:
 
     def __init__(self, setup: Setup) -> None:
         self.folder = setup.model
-        self.versions = {"mambapy": version("mambapy"), "torch": torch.__version__}
+        self.versions = {"mambapy": mambapy_version(), "torch": torch.__version__}
         torch.set_num_threads(setup.threads)
 
     def load(self) -> None:
-        self.model: Any = load_mambapy(self.folder).eval()
+        self.model = load_mambapy(self.folder).eval()
 
     def start(self, batch_size: int) -> None:
         config = self.model.config
@@ -78,6 +100,10 @@ class MambapyEngine:
     def logits(self) -> list[float]:
         values: list[float] = self._logits[0].tolist()
         return values
+
+
+def mambapy_version() -> str:
+    return version("mambapy")
 
 
 def _its_name(name: str) -> str:
