@@ -111,7 +111,7 @@ class Contest:
             self._say(f"load: {self._turn(repeat)}")
             for contestant in self.contestants:
                 record = self.records[contestant.name]
-                taken_s = 0.0 if repeat < 2 else sum(record.samples[READY])  # what warms up may compile
+                taken_s = 0.0 if repeat < 2 else sum(record.samples.get(READY, ()))  # what warms up may compile
                 if READY in record.notes or taken_s > self.plan.budget_s:
                     continue
                 try:
@@ -189,7 +189,7 @@ class Contest:
             waiting = [
                 contestant
                 for contestant in (self.contestants if able is None else able)
-                if spent_s.get(contestant.name, 0.0) < self.plan.budget_s
+                if repeat == 0 or spent_s.get(contestant.name, 0.0) < self.plan.budget_s
             ]
             for contestant, answer in self._each(quantity, request, waiting):
                 add(self.records[contestant.name], quantity, figure(answer), is_warm_up=repeat == 0)
