@@ -21,7 +21,7 @@ from torch import Tensor
 from export.gguf_tokenizer import TokenTable, token_table
 from yunmin.artifact import is_artifact, load_artifact
 from yunmin.axes import layer_prefix
-from yunmin.checkpoint import Checkpoint, load_checkpoint
+from yunmin.checkpoint import Checkpoint, load_checkpoint, refuse_quantized
 from yunmin.cli import run
 from yunmin.config import MambaConfig
 from yunmin.errors import CheckpointError, ConfigError, MissingExtraError
@@ -136,7 +136,9 @@ def main(argv: list[str]) -> int:
 def _load_plain(source: str) -> Checkpoint:
     """An artifact, or a checkpoint whose weights are the whole model."""
     if is_artifact(source):
-        return load_artifact(source)[0]
+        artifact, _ = load_artifact(source)
+        refuse_quantized(source, artifact.quantization)
+        return artifact
     checkpoint = load_checkpoint(source)
     for part in (PILLARS_FILE, "adapters"):
         if (checkpoint.folder / part).exists():

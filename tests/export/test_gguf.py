@@ -15,6 +15,7 @@ from torch import Tensor
 from export.gguf import GGUF_TYPES, main, write_gguf
 from tests.export.fixtures import TEXT, write_source
 from tests.models import random_tensors
+from tests.quantization.fixtures import write_quantized
 from yunmin.cli import run
 from yunmin.config import MambaConfig
 from yunmin.errors import ConfigError, MissingExtraError, TokenizerError
@@ -191,6 +192,13 @@ def test_command_writes_a_checkpoint_and_refuses_one_with_pillars(
     (source / "pillars.safetensors").touch()
     assert run(main, [str(source), str(out)]) == 1
     assert "expected an artifact or a plain checkpoint, found pillars.safetensors" in capsys.readouterr().err
+
+
+def test_command_refuses_weights_that_are_integers_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_quantized(tmp_path / "source", config_for_llama(), "int8")
+    assert run(main, [str(source), str(tmp_path / "model.gguf")]) == 1
+    assert "expected float32 weights, found int8 ones" in capsys.readouterr().err
+    assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize("kind", GGUF_TYPES)
