@@ -40,7 +40,7 @@ endif
 peers: $(STAMP)  ## make .venv-peers/ with the engines that `yunmin bench compare` measures ours against
 	@test -d .venv-peers/common || $(BIN)/python -m venv .venv-peers/common
 	@echo "installing transformers, mambapy, onnxruntime and llama.cpp, which takes minutes to compile"
-	@.venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[peers]'
+	@.venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	@test -d .venv-peers/openvino || $(BIN)/python -m venv .venv-peers/openvino
 	@echo "installing openvino"
 	@.venv-peers/openvino/bin/python -m pip install --quiet --disable-pip-version-check \
