@@ -15,7 +15,6 @@ from yunmin.errors import CheckpointError
 from yunmin.model import MambaLM
 from yunmin.quantization.layout import Quantization
 from yunmin.quantization.packing import QuantizedWeight
-from yunmin.quantization.reference import QuantizedLinear
 from yunmin.quantization.rounding import require_quantizable, round_weight
 
 _TOKENS_AT_ONCE = 4096  # bounds the memory of a layer's activations
@@ -68,7 +67,7 @@ def calibrated_tensors(
             linear = getattr(block.mixer, projection)
             needs_hessian = quantized.of(name) == "int4"
             weight = rounded(name, batches.second_moments(linear) if needs_hessian else None)
-            setattr(block.mixer, projection, QuantizedLinear(weight, linear.bias))
+            linear.weight.copy_(weight.dequantized())
         for rows, output in batches.outputs():
             residual[rows] += output
         if progress is not None:
