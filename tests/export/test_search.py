@@ -24,6 +24,7 @@ from tests.models import random_tensors
 from yunmin.artifact import PerplexityRecord, load_artifact
 from yunmin.checkpoint import Checkpoint
 from yunmin.cli import run
+from yunmin.commands.inspect import main as inspect_main
 from yunmin.config import MambaConfig
 from yunmin.errors import ConfigError, VerificationError
 from yunmin.gated import FixedGate, GatedMixer
@@ -146,6 +147,10 @@ def test_export_prints_the_curve_and_keeps_it(tmp_path: Path, capsys: Captured) 
     assert manifest["perplexity"]["after"]["token_perplexity"] <= search["limit"]
     assert "perplexity_curve.png" in manifest["files"]
     assert "This is the smallest of these" in (tmp_path / "out/README.md").read_text()
+    assert run(inspect_main, [str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    for point in search["curve"]:
+        assert re.search(rf"{point['precision']} +{point['width']} +{point['bytes']:,} ", shown)
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "none"])

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
     )
     print(f"format {manifest.format_version}, quantization {manifest.quantization}, every file matches its sha256")
     print("\nprovenance")
-    facts = list(_flattened(manifest.provenance))
+    search = manifest.provenance.get("search", {})
+    facts = list(_flattened({key: value for key, value in manifest.provenance.items() if key != "search"}))
     width = max((len(name) for name, _ in facts), default=0)
     for name, value in facts:
         print(f"  {name:<{width}}  {value}")
@@ -57,6 +58,13 @@ def main(argv: list[str]) -> int:
             f"  (per token on {stored.tokens:,} tokens of {stored.source}; window {stored.window}, "
             f"stride {stored.stride})"
         )
+    if search:
+        print(f"\n{'searched':<24} {'width':>17} {'bytes':>17} {'perplexity':>11}   within {search['limit']:.3f}")
+        for point in search["curve"]:
+            print(
+                f"  {point['precision']:<22} {point['width']:>17} {point['bytes']:>17,} {point['perplexity']:>11.3f}   "
+                f"{'yes' if point['passes'] else 'no'}"
+            )
     print("\nlayer     inner channels           states")
     for layer, cut in enumerate(manifest.cuts):
         inner, states = (f"{cut[f'{k}_after']} of {cut[f'{k}_before']}" for k in ("d_inner", "d_state"))
