@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.adaptive import AdaptiveModel
+from training.allocator import freed_memory_kept
 from training.checkpointing import Progress, checkpoints_of, prune_checkpoints, restore_state, save_checkpoint
 from training.clock import Clock
 from training.config import TrainingConfig
@@ -135,7 +136,7 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite, or a parameter takes no part; the last checkpoint stays as it is.
         """
-        with self._signals(screen):
+        with self._signals(screen), freed_memory_kept():
             if self._resumed_from is None:
                 torch.manual_seed(self.config.seed)  # of dropout, which knows no other source
             else:

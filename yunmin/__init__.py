@@ -7,6 +7,8 @@ Example:
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +17,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "MambaState", "Snapshot", "__version__", "load"]
+
+# By default torch's threads spin for milliseconds after each operation and keep the cores from whatever runs next:
+# native kernels, other processes. torch reads the choice when it is imported, hence this place; `yunmin.threads` takes
+# it back, so that programs started later choose for themselves.
+_chose_to_wait = "torch" not in sys.modules and not os.environ.keys() & {
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+}
+if _chose_to_wait:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 _HOMES = {
     "LanguageModel": "yunmin.language_model",

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
+import yunmin
 from yunmin.errors import ConfigError
+
+if yunmin._chose_to_wait:
+    os.environ.pop("OMP_WAIT_POLICY", None)
 
 _VARIABLE = "YUNMIN_THREADS"
 _chosen: int | None = None
