@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yunmin.threads  # noqa: F401 (takes back how our own threads wait, which is not for peers to inherit)
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Runs the server from the package's own folder under any interpreter: with the folder above it on the path, a foreign
 # interpreter would find the packages of ours, too.

@@ -23,7 +23,7 @@ Logits = Callable[[Any], Any]
 def main(argv: list[str]) -> int:
     """Takes one JSON object: `kind`, `model`, `threads`, `products`, `n_tokens`."""
     spec = json.loads(argv[0])
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.ExitStack() as surroundings, contextlib.redirect_stdout(sys.stderr):
         channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
 
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
             print(json.dumps(message), file=channel, flush=True)
 
         try:
+            if spec["kind"] == "yunmin":
+                surroundings.enter_context(_as_trained())
             model, logits, versions = _LOADERS[spec["kind"]](spec["model"], spec["threads"])
             say({"versions": versions})
         except Exception as error:  # noqa: BLE001 (whatever it is, it is the reason that this one is not measured)
@@ -77,8 +79,15 @@ def step(model: Any, logits: Logits, products: str, n_tokens: int, batch_size: i
     return {"seconds": seconds, "loss": loss.item(), "memory_bytes": peak - before}
 
 
+def _as_trained() -> contextlib.AbstractContextManager[None]:
+    """What `yunmin train` sets up around its steps."""
+    from training.allocator import freed_memory_kept
+
+    return freed_memory_kept()
+
+
 def _yunmin(folder: str, threads: int) -> tuple[Any, Logits, dict[str, str]]:
-    import torch
+    from importlib.metadata import version
 
     from yunmin import __version__
     from yunmin.checkpoint import load_checkpoint
@@ -88,7 +97,7 @@ def _yunmin(folder: str, threads: int) -> tuple[Any, Logits, dict[str, str]]:
     set_threads(threads)
     checkpoint = load_checkpoint(folder)
     model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors).train()
-    return model, model, {"yunmin": __version__, "torch": torch.__version__}
+    return model, model, {"yunmin": __version__, "torch": version("torch")}
 
 
 def _transformers(folder: str, threads: int) -> tuple[Any, Logits, dict[str, str]]:

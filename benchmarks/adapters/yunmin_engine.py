@@ -1,18 +1,23 @@
-"""yunmin itself, through the runtime that users get."""
+"""yunmin itself, through the runtime that users get.
+
+torch is imported by yunmin here, which first chooses how its threads wait.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from benchmarks.adapters.contract import Setup
 from yunmin import __version__
 from yunmin.language_model import LanguageModel, load
 from yunmin.state import MambaState
 from yunmin.threads import set_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _READ_AT_ONCE = 2048  # tokens; longer texts are read in pieces, as a server would
 
@@ -25,7 +30,7 @@ class YunminEngine:
     def __init__(self, setup: Setup) -> None:
         importlib.import_module("yunmin.runtime.native.runtime")  # else `load` would, and that is timed
         self.folder = setup.model
-        self.versions = {"yunmin": __version__, "torch": torch.__version__}
+        self.versions = {"yunmin": __version__, "torch": version("torch")}
         set_threads(setup.threads)
 
     def load(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,11 @@ def test_foreign_interpreters_find_this_package_and_none_of_ours(scripted_server
     assert told["spec"] == {"kind": "x"}
     assert str(Path(__file__).parents[2]) not in told["path"]
     assert json.dumps(str(tmp_path)) not in json.dumps(told["path"])
+
+
+def test_peers_choose_for_themselves_how_their_threads_wait() -> None:
+    code = "import os, yunmin, benchmarks.adapters.remote; print(os.environ.get('OMP_WAIT_POLICY'))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
