@@ -7,9 +7,11 @@ first, so a result depends on the number of threads at most, not on their luck.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +30,13 @@ def set_threads(count: int) -> None:
     """Sets how many threads torch and the native kernels use, from here on.
 
     Raises:
-        ConfigError: `count` is not positive.
+        ConfigError: `count` is no positive integer.
     """
     global _chosen
-    if isinstance(count, bool) or count < 1:
-        raise ConfigError(f"threads must be >= 1, got {count}")
-    _chosen = count
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"threads must be >= 1, got {count!r}")
     torch.set_num_threads(count)
+    _chosen = count
 
 
 def get_threads() -> int:
@@ -58,48 +60,40 @@ class _Worker:
     """A thread that waits for one call after the other."""
 
     def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._call: Callable[[], None] | None = None
-        self._error: BaseException | None = None
+        self.call: Callable[[], None] | None = None
+        self.error: BaseException | None = None
         # bare locks as semaphores: the cheapest way to wake a thread and to wait for it
-        self._begin, self._end = threading.Lock(), threading.Lock()
-        self._begin.acquire()
-        self._end.acquire()
+        self.begin, self.end = threading.Lock(), threading.Lock()
+        self.begin.acquire()
+        self.end.acquire()
         threading.Thread(target=self._work, name=f"yunmin-kernel-{rank}", daemon=True).start()
-
-    def begin(self, call: Callable[[], None]) -> None:
-        self._call = call
-        self._begin.release()
-
-    def finish(self) -> BaseException | None:
-        self._end.acquire()
-        error, self._error = self._error, None
-        return error
 
     def _work(self) -> None:
         while True:
-            self._begin.acquire()
-            assert self._call is not None
+            self.begin.acquire()
+            assert self.call is not None
             try:
-                self._call()
+                self.call()
             except BaseException as error:  # noqa: BLE001 (raised again in the thread that asked)
-                self._error = error
-            self._call = None  # what the call refers to is not kept alive until the next one
-            self._end.release()
+                self.error = error
+            self.call = None  # what the call refers to is not kept alive until the next one
+            self.end.release()
 
 
 _workers: list[_Worker] = []
 _busy = threading.Lock()
 
 
-def run_team(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Calls `kernel(*arguments, rank, size)` once for each rank, on `get_threads()` threads; returns when all are done.
+def run_team(kernel: Callable[..., None], *arguments: Any, size: int | None = None) -> None:
+    """Calls `kernel(*arguments, rank, size)` once for each rank; returns when all are done, Ctrl-C or not.
 
     Args:
         kernel: releases the interpreter's lock while it computes.
         arguments: the same for all ranks.
+        size: threads in the team; None for `get_threads()`.
     """
-    size = get_threads()
+    if size is None:
+        size = get_threads()
     if size == 1:
         kernel(*arguments, 0, 1)
         return
@@ -108,15 +102,32 @@ def run_team(kernel: Callable[..., None], *arguments: Any) -> None:
             _workers.append(_Worker(len(_workers) + 1))
         team = _workers[: size - 1]
         for rank, worker in enumerate(team, 1):
-            worker.begin(lambda rank=rank: kernel(*arguments, rank, size))  # type: ignore[misc]
-        errors: list[BaseException | None] = []
+            worker.call, worker.error = partial(kernel, *arguments, rank, size), None
+        own = partial(kernel, *arguments, 0, size)
+        errors = _call_all([*(w.begin.release for w in team), own, *(w.end.acquire for w in team)])
+        errors += [worker.error for worker in team if worker.error is not None]
+    if errors:
+        raise errors[0]
+
+
+def _call_all(steps: Sequence[Callable[[], Any]]) -> list[BaseException]:
+    """Calls each of `steps` in order, whatever any of them raises; returns what they raised.
+
+    A team that was only begun would wait for its missing part for ever, in memory that is no longer its own. Python
+    handles signals between its own instructions, so a list calls the steps and counts those that are done; a step that
+    a signal interrupted (a wait) is called again.
+    """
+    errors: list[BaseException] = []
+    done: list[Any] = []
+    while len(done) < len(steps):
         try:
-            kernel(*arguments, 0, size)
-        finally:
-            errors = [worker.finish() for worker in team]
-    for error in errors:
-        if error is not None:
-            raise error
+            done.extend(map(operator.call, steps[len(done) :]))
+        except Exception as error:  # noqa: BLE001 (raised again by the caller)
+            errors.append(error)
+            done.append(None)
+        except BaseException as interrupt:  # noqa: BLE001 (likewise)
+            errors.append(interrupt)
+    return errors
 
 
 def _forget_team() -> None:

@@ -15,14 +15,15 @@ import yunmin
 from tests.models import random_ids, random_pillars, random_tensors, small_config, write_model
 from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
-from yunmin.errors import ConfigError, RequestError, ShapeError
+from yunmin.errors import ConfigError, RequestError, ShapeError, StateError
 from yunmin.quantization.layout import Format, Quantization
 from yunmin.quantization.packing import pack_tensors
 from yunmin.quantization.reference import network_of
 from yunmin.quantization.rounding import round_tensors
 from yunmin.runtime.native.runtime import NativeRuntime
 from yunmin.runtime.torch_runtime import TorchRuntime
-from yunmin.threads import get_threads, set_threads
+from yunmin.state import MambaState
+from yunmin.threads import get_threads, run_team, set_threads
 
 FORMATS: tuple[Format, ...] = ("none", "int8", "int4")
 
@@ -114,6 +115,60 @@ def test_the_number_of_threads_changes_no_bit(weight_format: Format, threads: Ca
     assert all(torch.equal(logits, found[0]) for logits in found)
 
 
+def test_threads_set_while_a_step_begins_leave_its_team_as_it_is(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = NativeRuntime(checkpoint_of(small_config()))
+    sizes = []
+
+    def set_then_run(kernel: Any, *arguments: Any, **options: Any) -> None:
+        threads(5)
+        run_team(lambda *given: sizes.append(given[-1]), **options)
+        run_team(kernel, *arguments, **options)
+
+    threads(2)
+    expected, _ = runtime.step([1], runtime.new_state(1))
+    monkeypatch.setattr("yunmin.runtime.native.runtime.run_team", set_then_run)
+    assert torch.equal(runtime.step([1], runtime.new_state(1))[0], expected)
+    assert sizes == [2, 2]  # more would work beyond the scratch memory
+
+
+def test_torchs_defaults_do_not_reach_the_kernels_memory() -> None:
+    checkpoint = checkpoint_of(small_config(use_conv_bias=False))
+    expected = NativeRuntime(checkpoint).forward(torch.tensor([[1, 2]]))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            runtime = NativeRuntime(checkpoint)
+            logits, _ = runtime.step([2], runtime.prefill([1])[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(logits[0], expected[0, 1])
+
+
+def test_states_of_other_widths_are_refused() -> None:
+    config = small_config()
+    runtime = NativeRuntime(checkpoint_of(config))
+    same = NativeRuntime(checkpoint_of(config, seed=1)).new_state(1)
+    assert torch.equal(runtime.step([1], same)[0], runtime.step([1], runtime.new_state(1))[0])
+    others = {
+        r"layer 0: expected a conv state of shape \(1, 40, 3\), found \(1, 1, 3\)": {"d_inner": (1, 1)},
+        r"layer 1: expected a ssm state of shape \(1, 40, 5\), found \(1, 40, 4\)": {"d_state": (5, 4)},
+        r"expected states of 2 layers, found 3 and 3": {"d_inner": (40,) * 3, "d_state": (5,) * 3},
+    }
+    for message, widths in others.items():
+        other = replace(config, **cast("Any", widths))
+        for state in (NativeRuntime(checkpoint_of(other)).new_state(1), MambaState.zeros(other, 1)):
+            uses: list[Callable[[], object]] = [
+                lambda state=state: runtime.step([1], state),  # type: ignore[misc]
+                lambda state=state: runtime.prefill([1], state),  # type: ignore[misc]
+                lambda state=state: runtime.scatter(runtime.new_state(2), [1], state),  # type: ignore[misc]
+            ]
+            for use in uses:
+                with pytest.raises(StateError, match=message):
+                    use()
+
+
 def test_states_travel_between_the_runtimes() -> None:
     checkpoint = checkpoint_of(AWKWARD["odd widths"])
     native, plain = NativeRuntime(checkpoint), TorchRuntime(network_of(checkpoint))
@@ -156,7 +211,10 @@ def test_what_is_not_finite_reaches_the_logits_of_its_own_row_only(weight_format
     logits, state = runtime.step([5, 5], state)
     assert bool(logits[0].isfinite().all())
     assert bool(logits[1].isnan().all())
-    assert torch.equal(logits[0], runtime.step([5], runtime.new_state(1))[0][0])
+    alone = runtime.step([5], runtime.new_state(1))[0][0]
+    assert torch.equal(logits[0], alone)
+    after, _ = runtime.step([5, 5], runtime.new_state(2))  # in the memory that held it
+    assert torch.equal(after, torch.stack([alone, alone]))
 
 
 def test_zero_weights_and_tiny_activations_give_finite_logits() -> None:
@@ -177,6 +235,10 @@ def test_wrong_shapes_are_refused_and_an_empty_batch_is_not() -> None:
     for token_id in (-1, runtime.config.vocab_size):
         with pytest.raises(RequestError, match="token_ids: must lie in"):
             runtime.prefill([1, token_id])
+    wrong: tuple[Tensor, ...] = (torch.ones(1, 3), torch.ones(3, dtype=torch.int64))
+    for ids in wrong:
+        with pytest.raises(ShapeError, match=r"forward: expected ids \(B, L\), got"):
+            runtime.forward(ids)
     logits, _ = runtime.step([], runtime.new_state(0))
     assert logits.shape == (0, runtime.config.vocab_size)
     assert runtime.forward(torch.empty(0, 4, dtype=torch.int64)).shape == (0, 4, runtime.config.vocab_size)

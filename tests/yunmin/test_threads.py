@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,12 +73,35 @@ def test_an_error_on_any_rank_reaches_the_caller_and_the_team_lives_on() -> None
     run_team(fail, 2)
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_an_interrupted_caller_waits_for_the_whole_team_and_the_team_lives_on() -> None:
+    set_threads(3)
+    caller = threading.get_ident()
+    done: list[int] = []
+
+    def interrupt(rank: int, _size: int) -> None:
+        if rank > 0:
+            time.sleep(0.02)  # by now the caller waits
+            if rank == 1:
+                signal.pthread_kill(caller, signal.SIGINT)
+            time.sleep(0.05)
+        done.append(rank)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_team(interrupt)
+    assert sorted(done) == [0, 1, 2]
+    run_team(lambda rank, _size: done.append(rank))
+    assert sorted(done) == [0, 0, 1, 1, 2, 2]
+
+
 def test_the_setting_reaches_torch_and_refuses_nonsense() -> None:
     set_threads(1)
     assert (get_threads(), torch.get_num_threads()) == (1, 1)
-    for wrong in (0, -2, True):
+    wrong: Any
+    for wrong in (0, -2, True, 1.5, "2", None):
         with pytest.raises(ConfigError, match="threads must be >= 1"):
             set_threads(wrong)
+    assert get_threads() == 1
 
 
 @pytest.mark.parametrize(
@@ -109,12 +135,14 @@ def test_kernels_are_kept_in_the_cache_folder_and_found_by_the_next_process(tmp_
     assert files == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*.nbc"))
 
 
-def test_a_cache_folder_that_cannot_be_written_is_said_and_done_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["file", "~nobody-of-this-name/cache"])
+def test_a_cache_folder_that_cannot_be_written_is_said_and_done_without(tmp_path: Path, cache: str) -> None:
     (tmp_path / "file").write_text("")
     code = "from yunmin.kernels.jit import cache_folder; print(cache_folder())"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "YUNMIN_CACHE": str(tmp_path / "file")},
+        env={**os.environ, "YUNMIN_CACHE": cache},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,

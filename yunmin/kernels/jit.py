@@ -49,8 +49,9 @@ def inline(function: Callable[..., Any]) -> Any:
 def cache_folder() -> Path | None:
     """Where compiled kernels are kept; None where nothing can be written."""
     root = os.environ.get("YUNMIN_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(root).expanduser() / "yunmin" / f"kernels-{_source_hash()}"
+    folder = Path(root) / "yunmin" / f"kernels-{_source_hash()}"
     try:
+        folder = folder.expanduser()  # a user may have no home
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

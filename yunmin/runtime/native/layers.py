@@ -39,8 +39,11 @@ from yunmin.runtime.native.records import (
 
 @inline
 def embed(weight: Any, token_id: int, width: int, out: int) -> None:
-    """Writes the embedding of a token, `width` numbers, to the address `out`."""
-    written = floats_at(out, width)
+    """Writes the embedding of a token, `width` numbers and zeros up to whole vectors, to the address `out`."""
+    used = (width + LANES - 1) // LANES * LANES
+    written = floats_at(out, used)
+    for i in range(width, used):  # NaN of an earlier sequence may lie there
+        written[i] = np.float32(0.0)
     if weight[KIND] == INT8:
         block, row = token_id // LANES, token_id % LANES
         steps = (width + 3) // 4

@@ -28,7 +28,7 @@ from yunmin.kernels.vector import LANES
 from yunmin.runtime.native import records
 from yunmin.runtime.native.network import run_network
 from yunmin.runtime.native.records import padded
-from yunmin.runtime.native.state import NativeState
+from yunmin.runtime.native.state import NativeState, require_fit
 from yunmin.runtime.native.weights import NativeWeights, Record, prepare_weights
 from yunmin.state import MambaState
 from yunmin.threads import get_threads, run_team
@@ -40,7 +40,8 @@ class NativeRuntime:
     """Runs a checkpoint on the CPU in native code; see `Runtime` for the methods.
 
     Float32, int8 and int4 weights. A row's logits and states depend neither on the other rows of a batch nor on how a
-    sequence is cut into chunks and steps: they are the same to the last bit. Threads may share a runtime; their calls take turns.
+    sequence is cut into chunks and steps: they are the same to the last bit. Threads may share a runtime; their calls
+    take turns.
 
     Args:
         checkpoint: as stored.
@@ -73,29 +74,32 @@ class NativeRuntime:
             raise ShapeError("prefill: expected at least one token")
         own = self.new_state(1) if state is None else NativeState.copied(self._weights, state)
         ids = np.asarray([token_ids], np.int64)  # (1, L)
-        logits = torch.empty(1, self._weights.logits_width)
+        logits = _floats(1, self._weights.logits_width)
         for begin in range(0, ids.shape[1], _CHUNK_ROWS):
             self._run(ids[:, begin : begin + _CHUNK_ROWS], own, logits)
         return logits[0, : self.config.vocab_size], own
 
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, NativeState]:
-        """As in `Runtime`; a state of this runtime is updated in place."""
+        """As in `Runtime`; a native state is updated in place."""
+        require_fit(self._weights, state)
         own = state if isinstance(state, NativeState) else NativeState.copied(self._weights, state)
-        logits = torch.empty(len(token_ids), self._weights.logits_width)
+        logits = _floats(len(token_ids), self._weights.logits_width)
         self._run(np.asarray(token_ids, np.int64)[:, None], own, logits)
         return logits[:, : self.config.vocab_size], own
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point:
+            raise ShapeError(f"forward: expected ids (B, L), got {input_ids.dtype} {tuple(input_ids.shape)}")
         batch, length = input_ids.shape
-        logits = torch.empty(batch, length, self.config.vocab_size)
-        ids = input_ids.numpy()
+        logits = _floats(batch, length, self.config.vocab_size)
+        ids = input_ids.to("cpu", torch.int64).numpy()
         for first in range(0, batch, _CHUNK_ROWS):  # no more sequences at once than rows
             rows = ids[first : first + _CHUNK_ROWS]
             state = self.new_state(rows.shape[0])
             chunk = max(1, _CHUNK_ROWS // rows.shape[0])
             for begin in range(0, length, chunk):
                 part = rows[:, begin : begin + chunk]
-                wide = torch.empty(part.size, self._weights.logits_width)
+                wide = _floats(part.size, self._weights.logits_width)
                 self._run(part, state, wide, all_positions=True)
                 logits[first : first + part.shape[0], begin : begin + part.shape[1]] = wide[
                     :, : self.config.vocab_size
@@ -139,6 +143,7 @@ class NativeRuntime:
             self.config.norm_eps,
             logits.data_ptr(),
             all_positions,
+            size=threads,  # whatever the setting is by now: the scratch memory is for so many
         )
 
 
@@ -195,6 +200,11 @@ class Scratch:
         return self._zeros(*shape, dtype=torch.float32)
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> int:
-        tensor = torch.zeros(*shape, dtype=dtype)
+        tensor = torch.zeros(*shape, dtype=dtype, device="cpu")
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _floats(*shape: int) -> Tensor:
+    """Memory for the kernel to fill, whatever torch's defaults are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")

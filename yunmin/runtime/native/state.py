@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from yunmin.errors import StateError
 from yunmin.runtime.native.records import padded
 from yunmin.runtime.native.weights import NativeWeights
 from yunmin.state import MambaState
@@ -44,7 +45,7 @@ class NativeState(MambaState):
     @classmethod
     def empty(cls, weights: NativeWeights, batch_size: int) -> NativeState:
         """The state before the first token."""
-        return cls.over(weights, torch.zeros(batch_size, weights.state_numbers))
+        return cls.over(weights, torch.zeros(batch_size, weights.state_numbers, dtype=torch.float32, device="cpu"))
 
     def copy(self) -> NativeState:
         return self._over(self.memory.clone())
@@ -53,6 +54,7 @@ class NativeState(MambaState):
         return self._over(self.memory.index_select(0, torch.tensor(list(rows), dtype=torch.int64)))
 
     def scatter_(self, rows: Sequence[int], source: MambaState) -> None:
+        require_fit(self.weights, source)
         if isinstance(source, NativeState):
             self.memory.index_copy_(0, torch.tensor(list(rows), dtype=torch.int64), source.memory)
         else:
@@ -63,10 +65,33 @@ class NativeState(MambaState):
 
     @classmethod
     def copied(cls, weights: NativeWeights, state: MambaState) -> NativeState:
-        """A copy of any state of the same model."""
+        """A copy of any state of the same widths.
+
+        Raises:
+            StateError: it has others.
+        """
+        require_fit(weights, state)
         if isinstance(state, NativeState):
             return state.copy()
         copy = cls.empty(weights, state.batch_size)
         for mine, theirs in zip(copy.conv + copy.ssm, state.conv + state.ssm, strict=True):
             mine.copy_(theirs)
         return copy
+
+
+def require_fit(weights: NativeWeights, state: MambaState) -> None:
+    """Refuses a state of other widths: the compiled network would write beyond its memory.
+
+    Raises:
+        StateError: names the first layer that differs.
+    """
+    if isinstance(state, NativeState) and state.weights is weights:
+        return
+    config, batch = weights.config, state.batch_size
+    if not len(state.conv) == len(state.ssm) == config.n_layers:
+        raise StateError(f"expected states of {config.n_layers} layers, found {len(state.conv)} and {len(state.ssm)}")
+    for layer, (inner, n) in enumerate(zip(config.d_inner, config.d_state, strict=True)):
+        for kind, tensor, numbers in (("conv", state.conv[layer], config.d_conv - 1), ("ssm", state.ssm[layer], n)):
+            if tensor.shape != (batch, inner, numbers):
+                expected, found = (batch, inner, numbers), tuple(tensor.shape)
+                raise StateError(f"layer {layer}: expected a {kind} state of shape {expected}, found {found}")

@@ -88,7 +88,7 @@ class _Preparation:
         head = embedding if config.tie_word_embeddings else "lm_head.weight"
         self._describe_weight(model[records.HEAD :], head)
         if self.quantization.of(embedding) is None:
-            table = self._keep(self.tensors[embedding].contiguous())
+            table = self._keep(self.tensors[embedding].float().contiguous())
             model[records.EMBEDDING + KIND], model[records.EMBEDDING + WEIGHTS] = FLOAT32, table
         elif config.tie_word_embeddings:
             model[records.EMBEDDING :][:WEIGHT_FIELDS] = model[records.HEAD :][:WEIGHT_FIELDS]
@@ -116,7 +116,7 @@ class _Preparation:
         record[records.NORM] = self._vector(f"{prefix}norm.weight")
         taps = self.tensors[f"{prefix}mixer.conv1d.weight"][:, 0].float().T  # (K, D)
         record[records.CONV_TAPS] = self._keep(_pad_last(taps, inner))
-        bias = self.tensors.get(f"{prefix}mixer.conv1d.bias", torch.zeros(self.config.d_inner[layer]))
+        bias = self.tensors.get(f"{prefix}mixer.conv1d.bias", torch.zeros(self.config.d_inner[layer], device="cpu"))
         record[records.CONV_BIAS] = self._keep(_pad_last(bias, inner))
         rates = -torch.exp(self.tensors[f"{prefix}mixer.A_log"].float()) * LOG2_E  # (D, N)
         blocks = _pad_last(rates.T, inner).view(-1, inner // LANES, LANES).transpose(0, 1)  # (D/16, N, 16)
