@@ -251,6 +251,14 @@ def test_quantized_weights_are_used_where_they_lie() -> None:
     assert all(t.data_ptr() in kept for name, t in checkpoint.tensors.items() if name.endswith(".int8"))
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_weight_bytes_count_a_tied_head_once(weight_format: Format) -> None:
+    config = small_config(vocab_size=304, tie_word_embeddings=True)
+    untied = replace(config, tie_word_embeddings=False)
+    tied_bytes, untied_bytes = (NativeRuntime(checkpoint_of(c, weight_format)).weight_bytes for c in (config, untied))
+    assert untied_bytes - tied_bytes == 304 * (4 * 24 if weight_format == "none" else 24 + 4)
+
+
 def test_load_chooses_the_native_runtime_on_a_cpu_and_refuses_what_it_cannot_run(tmp_path: Path) -> None:
     config = small_config()
     plain = write_model(tmp_path / "plain", config)

@@ -21,6 +21,7 @@ from yunmin.kernels.matmul import (
     START8,
     TILE_NUMBERS,
     VALUES,
+    WEIGHTS,
     WIDTH,
 )
 from yunmin.kernels.tile import GROUP
@@ -64,7 +65,12 @@ class NativeRuntime:
 
     @property
     def weight_bytes(self) -> int:
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self._weights.kept}.values())
+        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in self._weights.kept}
+        model = self._weights.model
+        table, head = (int(model[record + WEIGHTS]) for record in (records.EMBEDDING, records.HEAD))
+        if self.config.tie_word_embeddings and table != head:
+            del sizes[table]  # of float32, the head packed is a copy
+        return sum(sizes.values())
 
     def new_state(self, batch_size: int) -> NativeState:
         return NativeState.empty(self._weights, batch_size)
