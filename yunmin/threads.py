@@ -23,6 +23,7 @@ if yunmin._chose_to_wait:
     os.environ.pop("OMP_WAIT_POLICY", None)
 
 _VARIABLE = "YUNMIN_THREADS"
+_MOST = 1024
 _chosen: int | None = None
 
 
@@ -30,11 +31,11 @@ def set_threads(count: int) -> None:
     """Sets how many threads torch and the native kernels use, from here on.
 
     Raises:
-        ConfigError: `count` is no positive integer.
+        ConfigError: `count` is no integer in 1..1024.
     """
     global _chosen
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"threads must be >= 1, got {count!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST:
+        raise ConfigError(f"threads must be an integer in 1..{_MOST}, got {count!r}")
     torch.set_num_threads(count)
     _chosen = count
 

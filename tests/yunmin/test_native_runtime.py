@@ -44,6 +44,11 @@ def checkpoint_of(config: MambaConfig, weight_format: Format = "none", seed: int
     return Checkpoint(config, tensors, None, Path("nowhere"), quantization)
 
 
+@pytest.fixture(autouse=True)
+def _even_tiny_models_run_on_a_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yunmin.runtime.native.runtime._ALONE_BYTES", 0)
+
+
 @pytest.fixture
 def threads() -> Any:
     before = get_threads()
@@ -113,6 +118,26 @@ def test_the_number_of_threads_changes_no_bit(weight_format: Format, threads: Ca
         threads(count)
         found.append(runtime.forward(ids))
     assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+def test_little_work_is_done_by_one_thread_with_the_same_bits(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(2)
+    runtime = NativeRuntime(checkpoint_of(small_config()))
+    ids = random_ids(runtime.config, 1, 9)[0].tolist()
+    expected, _ = runtime.prefill(ids)
+    sizes = []
+
+    def run(*arguments: Any, size: int) -> None:
+        sizes.append(size)
+        run_team(*arguments, size=size)
+
+    monkeypatch.setattr("yunmin.runtime.native.runtime.run_team", run)
+    for limit in (0, 1 << 30):
+        monkeypatch.setattr("yunmin.runtime.native.runtime._ALONE_BYTES", limit)
+        assert torch.equal(runtime.prefill(ids)[0], expected)
+    assert sizes == [2, 1]
 
 
 def test_threads_set_while_a_step_begins_leave_its_team_as_it_is(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from yunmin.runtime.native.weights import NativeWeights, Record, prepare_weights
 from yunmin.state import MambaState
 from yunmin.threads import get_threads, run_team
 
+_ALONE_BYTES = 4 << 20  # of weights times rows: a thread reads as much in the time in which a team wakes up
 _CHUNK_ROWS = 256  # positions computed at once: their activations stay in the cache, their weights are read once
 
 
@@ -63,7 +65,7 @@ class NativeRuntime:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         sizes = {tensor.data_ptr(): tensor.nbytes for tensor in self._weights.kept}
         model = self._weights.model
@@ -73,12 +75,12 @@ class NativeRuntime:
         return sum(sizes.values())
 
     def new_state(self, batch_size: int) -> NativeState:
-        return NativeState.empty(self._weights, batch_size)
+        return NativeState.empty(self._weights.states, batch_size)
 
     def prefill(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, NativeState]:
         if len(token_ids) == 0:
             raise ShapeError("prefill: expected at least one token")
-        own = self.new_state(1) if state is None else NativeState.copied(self._weights, state)
+        own = self.new_state(1) if state is None else NativeState.copied(self._weights.states, state)
         ids = np.asarray([token_ids], np.int64)  # (1, L)
         logits = _floats(1, self._weights.logits_width)
         for begin in range(0, ids.shape[1], _CHUNK_ROWS):
@@ -87,8 +89,8 @@ class NativeRuntime:
 
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, NativeState]:
         """As in `Runtime`; a native state is updated in place."""
-        require_fit(self._weights, state)
-        own = state if isinstance(state, NativeState) else NativeState.copied(self._weights, state)
+        require_fit(self._weights.states, state)
+        own = state if isinstance(state, NativeState) else NativeState.copied(self._weights.states, state)
         logits = _floats(len(token_ids), self._weights.logits_width)
         self._run(np.asarray(token_ids, np.int64)[:, None], own, logits)
         return logits[:, : self.config.vocab_size], own
@@ -114,7 +116,7 @@ class NativeRuntime:
 
     def gather(self, pool: MambaState, slots: Sequence[int]) -> NativeState:
         gathered = pool.gather(slots)
-        return gathered if isinstance(gathered, NativeState) else NativeState.copied(self._weights, gathered)
+        return gathered if isinstance(gathered, NativeState) else NativeState.copied(self._weights.states, gathered)
 
     def scatter(self, pool: MambaState, slots: Sequence[int], state: MambaState) -> None:
         pool.scatter_(slots, state)
@@ -149,7 +151,8 @@ class NativeRuntime:
             self.config.norm_eps,
             logits.data_ptr(),
             all_positions,
-            size=threads,  # whatever the setting is by now: the scratch memory is for so many
+            # not what the setting is by now: the scratch memory is for so many; and little work is done sooner alone
+            size=1 if ids.size * self.weight_bytes < _ALONE_BYTES else threads,
         )
 
 

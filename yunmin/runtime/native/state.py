@@ -8,10 +8,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from yunmin.config import MambaConfig
 from yunmin.errors import StateError
 from yunmin.runtime.native.records import padded
-from yunmin.runtime.native.weights import NativeWeights
 from yunmin.state import MambaState
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Where the states of each layer lie among the numbers of one sequence.
+
+    Attributes:
+        taps: inputs of the convolution that are carried, K-1.
+        d_inner, d_state: widths of each layer.
+        conv_begin, ssm_begin: per layer, where its states begin: (K-1, D) and (N, D), D padded to vectors.
+        numbers: of one sequence.
+    """
+
+    taps: int
+    d_inner: tuple[int, ...]
+    d_state: tuple[int, ...]
+    conv_begin: tuple[int, ...]
+    ssm_begin: tuple[int, ...]
+    numbers: int
+
+    @classmethod
+    def of(cls, config: MambaConfig) -> StateLayout:
+        """The layout of a model's states."""
+        taps = config.d_conv - 1
+        conv_begin, ssm_begin, numbers = [], [], 0
+        for inner, n in zip(config.d_inner, config.d_state, strict=True):
+            conv_begin.append(numbers)
+            ssm_begin.append(numbers + taps * padded(inner))
+            numbers = ssm_begin[-1] + n * padded(inner)
+        return cls(taps, config.d_inner, config.d_state, tuple(conv_begin), tuple(ssm_begin), numbers)
 
 
 @dataclass(frozen=True)
@@ -20,32 +50,31 @@ class NativeState(MambaState):
 
     Attributes:
         memory: float32 (B, numbers of one sequence), contiguous.
-        weights: of the model, which decide where a layer's states lie.
+        layout: of the memory.
     """
 
     memory: Tensor
-    weights: NativeWeights
+    layout: StateLayout
 
     @classmethod
-    def over(cls, weights: NativeWeights, memory: Tensor) -> NativeState:
+    def over(cls, layout: StateLayout, memory: Tensor) -> NativeState:
         """The state that lies in `memory` (B, numbers)."""
-        config, taps = weights.config, weights.config.d_conv - 1
 
         def views(begins: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, ...]:
             found = []
-            for begin, length, inner in zip(begins, lengths, config.d_inner, strict=True):
+            for begin, length, inner in zip(begins, lengths, layout.d_inner, strict=True):
                 wide = padded(inner)
                 part = memory[:, begin : begin + length * wide].unflatten(1, (length, wide))  # (B, length, D padded)
                 found.append(part[:, :, :inner].transpose(1, 2))  # (B, D, length)
             return tuple(found)
 
-        conv = views(weights.conv_begin, [taps] * config.n_layers)
-        return cls(conv, views(weights.ssm_begin, config.d_state), memory, weights)
+        conv = views(layout.conv_begin, [layout.taps] * len(layout.d_inner))
+        return cls(conv, views(layout.ssm_begin, layout.d_state), memory, layout)
 
     @classmethod
-    def empty(cls, weights: NativeWeights, batch_size: int) -> NativeState:
+    def empty(cls, layout: StateLayout, batch_size: int) -> NativeState:
         """The state before the first token."""
-        return cls.over(weights, torch.zeros(batch_size, weights.state_numbers, dtype=torch.float32, device="cpu"))
+        return cls.over(layout, torch.zeros(batch_size, layout.numbers, dtype=torch.float32, device="cpu"))
 
     def copy(self) -> NativeState:
         return self._over(self.memory.clone())
@@ -54,44 +83,44 @@ class NativeState(MambaState):
         return self._over(self.memory.index_select(0, torch.tensor(list(rows), dtype=torch.int64)))
 
     def scatter_(self, rows: Sequence[int], source: MambaState) -> None:
-        require_fit(self.weights, source)
+        require_fit(self.layout, source)
         if isinstance(source, NativeState):
             self.memory.index_copy_(0, torch.tensor(list(rows), dtype=torch.int64), source.memory)
         else:
             super().scatter_(rows, source)
 
     def _over(self, memory: Tensor) -> NativeState:
-        return NativeState.over(self.weights, memory)
+        return NativeState.over(self.layout, memory)
 
     @classmethod
-    def copied(cls, weights: NativeWeights, state: MambaState) -> NativeState:
+    def copied(cls, layout: StateLayout, state: MambaState) -> NativeState:
         """A copy of any state of the same widths.
 
         Raises:
             StateError: it has others.
         """
-        require_fit(weights, state)
+        require_fit(layout, state)
         if isinstance(state, NativeState):
             return state.copy()
-        copy = cls.empty(weights, state.batch_size)
+        copy = cls.empty(layout, state.batch_size)
         for mine, theirs in zip(copy.conv + copy.ssm, state.conv + state.ssm, strict=True):
             mine.copy_(theirs)
         return copy
 
 
-def require_fit(weights: NativeWeights, state: MambaState) -> None:
+def require_fit(layout: StateLayout, state: MambaState) -> None:
     """Refuses a state of other widths: the compiled network would write beyond its memory.
 
     Raises:
         StateError: names the first layer that differs.
     """
-    if isinstance(state, NativeState) and state.weights is weights:
+    if isinstance(state, NativeState) and (state.layout is layout or state.layout == layout):
         return
-    config, batch = weights.config, state.batch_size
-    if not len(state.conv) == len(state.ssm) == config.n_layers:
-        raise StateError(f"expected states of {config.n_layers} layers, found {len(state.conv)} and {len(state.ssm)}")
-    for layer, (inner, n) in enumerate(zip(config.d_inner, config.d_state, strict=True)):
-        for kind, tensor, numbers in (("conv", state.conv[layer], config.d_conv - 1), ("ssm", state.ssm[layer], n)):
+    layers, batch = len(layout.d_inner), state.batch_size
+    if not len(state.conv) == len(state.ssm) == layers:
+        raise StateError(f"expected states of {layers} layers, found {len(state.conv)} and {len(state.ssm)}")
+    for layer, (inner, n) in enumerate(zip(layout.d_inner, layout.d_state, strict=True)):
+        for kind, tensor, numbers in (("conv", state.conv[layer], layout.taps), ("ssm", state.ssm[layer], n)):
             if tensor.shape != (batch, inner, numbers):
                 expected, found = (batch, inner, numbers), tuple(tensor.shape)
                 raise StateError(f"layer {layer}: expected a {kind} state of shape {expected}, found {found}")

@@ -18,6 +18,7 @@ from yunmin.kernels.vector import LANES, LOG2_E
 from yunmin.quantization.layout import Quantization, layout_of, packed_name, scale_name
 from yunmin.runtime.native import records
 from yunmin.runtime.native.records import padded
+from yunmin.runtime.native.state import StateLayout
 
 Record = NDArray[np.int64]
 _KINDS = {"int8": INT8, "int4": INT4}
@@ -31,21 +32,15 @@ class NativeWeights:
         config: the architecture.
         model: record of the model.
         layers: records of the layers, (n_layers, LAYER_FIELDS).
-        conv_begin, ssm_begin: per layer, where its states begin among the numbers of one sequence.
+        states: where each layer's states lie.
         kept: every tensor whose address is in a record.
     """
 
     config: MambaConfig
     model: Record
     layers: Record
-    conv_begin: tuple[int, ...]
-    ssm_begin: tuple[int, ...]
+    states: StateLayout
     kept: tuple[Tensor, ...]
-
-    @property
-    def state_numbers(self) -> int:
-        """Numbers of one sequence's states."""
-        return int(self.model[records.STATE_NUMBERS])
 
     @property
     def logits_width(self) -> int:
@@ -76,13 +71,9 @@ class _Preparation:
     def run(self) -> NativeWeights:
         config = self.config
         layers = np.zeros((config.n_layers, records.LAYER_FIELDS), np.int64)
-        conv_begin, ssm_begin, numbers = [], [], 0
-        for layer, (inner, n) in enumerate(zip(config.d_inner, config.d_state, strict=True)):
-            conv_begin.append(numbers)
-            numbers += (config.d_conv - 1) * padded(inner)
-            ssm_begin.append(numbers)
-            numbers += n * padded(inner)
-            self._describe_layer(layers[layer], layer, conv_begin[layer], ssm_begin[layer])
+        states = StateLayout.of(config)
+        for layer, (conv_begin, ssm_begin) in enumerate(zip(states.conv_begin, states.ssm_begin, strict=True)):
+            self._describe_layer(layers[layer], layer, conv_begin, ssm_begin)
         model = np.zeros(records.MODEL_FIELDS, np.int64)
         embedding = "backbone.embeddings.weight"
         head = embedding if config.tie_word_embeddings else "lm_head.weight"
@@ -97,8 +88,8 @@ class _Preparation:
         model[records.FINAL_NORM] = self._vector("backbone.norm_f.weight")
         model[records.MODEL_WIDTH] = config.d_model
         model[records.TAPS] = config.d_conv
-        model[records.STATE_NUMBERS] = numbers
-        return NativeWeights(config, model, layers, tuple(conv_begin), tuple(ssm_begin), tuple(self.kept))
+        model[records.STATE_NUMBERS] = states.numbers
+        return NativeWeights(config, model, layers, states, tuple(self.kept))
 
     def _describe_layer(self, record: Record, layer: int, conv_begin: int, ssm_begin: int) -> None:
         prefix = layer_prefix(layer)
