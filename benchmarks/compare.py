@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,11 +26,16 @@ RESULT_FILE = "compare.json"
 PLOT_FILE = "compare.png"
 _ALL_PEERS = "transformers,mambapy,llama.cpp,openvino,onnxruntime"
 _PRODUCTS = {"fp32": "fp32", "int8": "int8", "int4": "int8"}  # int4 weights are multiplied as int8
+_QUICK = {"prefill": "512", "decode": "1,16", "depths": "", "repeats": 2, "budget": 6.0}  # defaults with --quick
 
 
 def main(argv: list[str]) -> int:
     """`yunmin bench compare MODEL [--peers LIST]`."""
-    options = _arguments().parse_args(argv)
+    arguments = _arguments()
+    options = arguments.parse_args(argv)
+    if options.quick:
+        arguments.set_defaults(**_QUICK)
+        options = arguments.parse_args(argv)  # what was named stays
     if options.report:
         return _print_report(Path(options.report))
     if bool(options.model) == bool(options.shape):
@@ -101,6 +105,10 @@ def compare(
         found_limits = measure_limits(plan.threads)
     contest = Contest(field.contestants, plan, plain.config.n_tokens, say)
     contest.run()
+    if not any(record.samples for record in contest.records.values()):
+        reasons = {name: next(iter(record.notes.values()), "no figure") for name, record in contest.records.items()}
+        missing = "; ".join(f"{name}: {why}" for name, why in (field.absent | reasons).items())
+        raise RequestError("contestants", f"none gave a figure: {missing}")
     if found_limits is not None:
         found_limits = found_limits.best_of(measure_limits(plan.threads))
     return {
@@ -142,7 +150,7 @@ def _summed_up(contest: Contest, field: Field, plain: Checkpoint, limits: Limits
     differences = {}
     if reference is not None:
         expected = contest.logits[reference]
-        largest = max(map(abs, expected))
+        largest = max(map(abs, expected)) or 1.0
         for name, logits in contest.logits.items():
             differences[name] = max(abs(a - b) for a, b in zip(expected, logits, strict=True)) / largest
     return {"reference": reference, "disagreement": differences, "contestants": contestants, "absent": absent}
@@ -154,7 +162,8 @@ def _limits_of(contestant: Contestant, plan: Plan, plain: Checkpoint, limits: Li
 
     if not contestant.is_ours:
         return {}
-    traffic, product, size = Traffic.of(plain.config), _PRODUCTS[contestant.precision], contestant.weight_bytes
+    traffic, product = Traffic.of(contestant.config or plain.config), _PRODUCTS[contestant.precision]
+    size = contestant.weight_bytes
     found = {f"prefill {n}": prefill_limit(limits, traffic, n, product=product) for n in plan.prefill}
     for batch_size in plan.decode:
         limit = decode_limit(limits, traffic, batch_size, weight_bytes=size, product=product)
@@ -191,7 +200,7 @@ def _arguments() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--repeats", type=int, default=5, metavar="N", help="samples of each quantity (5)")
     arguments.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds for one quantity each (20)")
-    arguments.add_argument("--quick", action="store_true", help="short: 512; 1,16; no depths; 2 repeats; 6 s")
+    arguments.add_argument("--quick", action="store_true", help="unless named: 512; 1,16; no depths; 2 repeats; 6 s")
     arguments.add_argument("--no-limits", dest="limits", action="store_false", help="do not measure the machine")
     arguments.add_argument("--out", default="benchmark_outputs", metavar="DIR", help="folder for results (%(default)s)")
     arguments.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
@@ -202,13 +211,11 @@ def _arguments() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace) -> Plan:
     from benchmarks.contest import Plan
 
-    threads = options.threads or machine_facts()["cores_usable"]
+    threads = machine_facts()["cores_usable"] if options.threads is None else options.threads
     for name, low in (("threads", 1), ("repeats", 1), ("budget", 0)):
         value = threads if name == "threads" else getattr(options, name)
-        if value < low:
+        if not value >= low:  # NaN neither
             raise RequestError(f"--{name}", f"must be >= {low}, got {value}")
-    if options.quick:
-        return Plan(threads, prefill=(512,), decode=(1, 16), depths=(), repeats=2, budget_s=6.0)
     return Plan(
         threads,
         prefill=_sizes("--prefill", options.prefill, 1),
@@ -235,11 +242,9 @@ def _words(text: str) -> list[str]:
 
 def _print_report(path: Path) -> int:
     from benchmarks.compare_tables import compare_tables
+    from benchmarks.report import read_result
 
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RequestError("--report", f"{path}: expected a {RESULT_FILE}, found no JSON") from None
+    result = read_result(path, "compare")
     print("\n\n".join(table.markdown() for table in compare_tables(result)))
     return 0
 

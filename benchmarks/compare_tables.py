@@ -144,6 +144,8 @@ def number(value: float | None) -> str:
     """Three digits or more, and a dash for nothing."""
     if value is None:
         return "–"
+    if 0 < value < 0.1:
+        return f"{value:.3g}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

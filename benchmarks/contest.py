@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,10 @@ class Contest:
     def _agreement(self) -> None:
         self._say("logits after the same text")
         for contestant, answer in self._each("logits", lambda _: {"task": "logits", "length": _CHECKED_TOKENS}):
-            self.logits[contestant.name] = answer["logits"]
+            if all(map(math.isfinite, answer["logits"])):
+                self.logits[contestant.name] = answer["logits"]
+            else:
+                self.records[contestant.name].notes["logits"] = "not all are finite"
 
     def _prefill(self, length: int) -> None:
         self._rounds(

@@ -55,6 +55,7 @@ class Contestant:
         python: the interpreter it runs under.
         is_ours: whether it is yunmin.
         weight_bytes: that a decode step reads; only ours have it.
+        config: where it is another model than the one compared; None for that one's.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Contestant:
     python: str
     is_ours: bool = False
     weight_bytes: int = 0
+    config: MambaConfig | None = None
 
 
 @dataclass
@@ -83,7 +85,7 @@ def expand(wanted: Sequence[str]) -> list[tuple[str, str]]:
     """(engine, format) of every contestant that was named; an engine alone stands for all its formats.
 
     Raises:
-        RequestError: there is no such engine or format.
+        RequestError: there is no such engine or format, or two would have one name.
     """
     found: list[tuple[str, str]] = []
     for text in wanted:
@@ -94,8 +96,15 @@ def expand(wanted: Sequence[str]) -> list[tuple[str, str]]:
         is_folder = engine == OURS and "=" in kind
         if kind and not is_folder and kind not in known:
             raise RequestError("contestant", f"{engine}: expected one of {', '.join(known)}, found {kind!r}")
+        if is_folder and not all(kind.partition("=")):
+            raise RequestError("contestant", f"expected ours:NAME=FOLDER, found {text!r}")
         found += [(engine, kind)] if kind else [(engine, name) for name in known]
-    return list(dict.fromkeys(found))
+    distinct = list(dict.fromkeys(found))
+    names = [_name(engine, kind) for engine, kind in distinct]
+    for name in names:
+        if names.count(name) > 1:
+            raise RequestError("contestant", f"two are called {name!r}; give ours:NAME=FOLDER another name")
+    return distinct
 
 
 def interpreters(given: Sequence[str]) -> dict[str, str]:
@@ -127,7 +136,7 @@ def gather(
     """
     found = Field()
     for engine, kind in wanted:
-        name = f"{engine} {kind.partition('=')[0]}" if len(FORMATS[engine]) > 1 else engine
+        name = _name(engine, kind)
         python = pythons.get(engine) or default_python(engine)
         try:
             found.contestants.append(_prepared(name, engine, kind, plain, cache, python, say))
@@ -153,12 +162,17 @@ def bytes_read(config: MambaConfig, quantization: Quantization) -> int:
     return sum(math.prod(shape) * dtype.itemsize for name, (shape, dtype) in stored if not name.startswith(skipped))
 
 
+def _name(engine: str, kind: str) -> str:
+    return f"{engine} {kind.partition('=')[0]}" if len(FORMATS[engine]) > 1 else engine
+
+
 def _prepared(name: str, engine: str, kind: str, plain: Checkpoint, cache: Path, python: str, say: Say) -> Contestant:
     if engine == OURS:
-        folder, quantized = _our_folder(kind, plain, cache, say)
+        folder, config, quantized = _our_folder(kind, plain, cache, say)
         stored = "fp32" if quantized.format == "none" else quantized.format
-        size = bytes_read(plain.config, quantized)
-        return Contestant(name, "yunmin", stored, folder, python, is_ours=True, weight_bytes=size)
+        size = bytes_read(config, quantized)
+        other = None if config == plain.config else config
+        return Contestant(name, "yunmin", stored, folder, python, is_ours=True, weight_bytes=size, config=other)
     precision = FORMATS[engine][kind]
     if engine == "llama.cpp":
         return Contestant(name, engine, precision, _gguf_file(kind, plain, cache, say), python)
@@ -169,13 +183,16 @@ def _prepared(name: str, engine: str, kind: str, plain: Checkpoint, cache: Path,
     return Contestant(name, engine, precision, plain.folder, python)
 
 
-def _our_folder(kind: str, plain: Checkpoint, cache: Path, say: Say) -> tuple[Path, Quantization]:
-    """A folder that `yunmin.load` reads, and how its weights are stored; made here by rounding to nearest."""
+def _our_folder(kind: str, plain: Checkpoint, cache: Path, say: Say) -> tuple[Path, MambaConfig, Quantization]:
+    """A folder that `yunmin.load` reads, its config, and how its weights are stored; made by rounding to nearest."""
     if "=" in kind:
         folder = Path(kind.partition("=")[2])
-        return folder, load_checkpoint(folder, quantized=True).quantization
+        own = load_checkpoint(folder, quantized=True)
+        if (own.config.n_tokens, own.config.vocab_size) != (plain.config.n_tokens, plain.config.vocab_size):
+            raise Absent(f"{folder}: its vocabulary of {own.config.n_tokens} ids is not that of the compared model")
+        return folder, own.config, own.quantization
     if kind == "fp32":
-        return plain.folder, FLOAT32
+        return plain.folder, plain.config, FLOAT32
     quantized = Quantization("int8" if kind == "int8" else "int4")
     folder = cache / kind
     if not is_artifact(folder):
@@ -194,7 +211,7 @@ def _our_folder(kind: str, plain: Checkpoint, cache: Path, say: Say) -> tuple[Pa
                 parity={},
                 quantization=quantized.format,
             )
-    return folder, quantized
+    return folder, plain.config, quantized
 
 
 def _gguf_file(kind: str, plain: Checkpoint, cache: Path, say: Say) -> Path:

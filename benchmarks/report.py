@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from yunmin.errors import RequestError
 
 _SIZES = (
     ("parameters", "parameters"),
@@ -41,6 +44,21 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     buffer = io.StringIO()
     Console(file=buffer, width=110, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+
+
+def read_result(path: Path, benchmark: str) -> dict[str, Any]:
+    """An earlier result of `yunmin bench BENCHMARK`.
+
+    Raises:
+        RequestError: the file holds something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RequestError("--report", f"{path}: expected a {benchmark}.json, found no JSON") from None
+    if not isinstance(result, dict) or result.get("benchmark") != benchmark:
+        raise RequestError("--report", f"{path}: expected a result of yunmin bench {benchmark}, found another file")
+    return result
 
 
 def comparison_row(name: str, values: Sequence[float | None], form: Callable[[float], str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -24,10 +23,11 @@ _NAMES = "ours fp32,ours bf16,transformers,mambapy"
 def main(argv: list[str]) -> int:
     """`yunmin bench train [MODEL]`."""
     options = _arguments().parse_args(argv)
+    from benchmarks.report import read_result
     from benchmarks.train_report import plot_train, train_tables
 
     if options.report:
-        result = json.loads(Path(options.report).read_text(encoding="utf-8"))
+        result = read_result(Path(options.report), "train")
         print("\n\n".join(table.markdown() for table in train_tables(result)))
         return 0
     if bool(options.model) == bool(options.shape):
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
 
     plan = _plan(options)
     names = [name.strip() for name in options.contestants.split(",") if name.strip()]
+    if not names:
+        raise RequestError("--contestants", f"expected some of {_NAMES}, found none")
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
         raise RequestError("--contestants", f"expected some of {_NAMES}, found {unknown[0]!r}")
@@ -98,20 +100,25 @@ def _arguments() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace) -> TrainPlan:
     from benchmarks.training_steps import TrainPlan
 
-    threads = options.threads or machine_facts()["cores_usable"]
-    memory_gb = options.memory_limit or 0.8 * available_memory_bytes() / 1e9
+    threads = machine_facts()["cores_usable"] if options.threads is None else options.threads
+    memory_gb = 0.8 * available_memory_bytes() / 1e9 if options.memory_limit is None else options.memory_limit
+    if not memory_gb > 0:
+        raise RequestError("--memory-limit", f"must be > 0, got {memory_gb:g}")
     for name, value, low in (
         ("threads", threads, 1),
         ("repeats", options.repeats, 0),
         ("budget", options.budget, 0),
         ("limit", options.limit, 1),
     ):
-        if value < low:
+        if not value >= low:  # NaN neither
             raise RequestError(f"--{name}", f"must be >= {low}, got {value}")
+    sizes, alone = _sizes("--sizes", options.sizes), _sizes("--alone", options.alone)
+    if not sizes and not alone:
+        raise RequestError("--sizes", "expected at least one size here or in --alone, found none")
     return TrainPlan(
         threads=threads,
-        sizes=_sizes("--sizes", options.sizes),
-        alone=_sizes("--alone", options.alone),
+        sizes=sizes,
+        alone=tuple(size for size in alone if size not in sizes),
         transformers_tokens=options.transformers_tokens,
         repeats=options.repeats,
         budget_s=options.budget,

@@ -17,6 +17,7 @@ from benchmarks.machine import machine_facts
 from benchmarks.models import describe, plain_checkpoint
 from benchmarks.progress import say
 from yunmin.checkpoint import Checkpoint
+from yunmin.errors import RequestError
 
 _LOAD_LIMIT_S = 600.0
 # name -> (kind of the server, products); transformers' backward takes time quadratic in the length
@@ -118,7 +119,7 @@ def measure_training(
     plain = plain_checkpoint(model, shape, out)
     say("limits of this machine")
     limits = measure_limits(plan.threads)
-    sizes = []
+    sizes: list[dict[str, Any]] = []
     for size in (*plan.sizes, *plan.alone):
         taking_part = [name for name in names if size in plan.sizes or CONTESTANTS[name][0] == "yunmin"]
         steps = _measure_size(size, taking_part, plan, plain, pythons)
@@ -133,6 +134,9 @@ def measure_training(
                 "versions": {name: s.versions for name, s in steps.items() if s.versions},
             }
         )
+    if not any(size["steps"] for size in sizes):
+        missing = "; ".join(f"{name}, {size['size']}: {note}" for size in sizes for name, note in size["notes"].items())
+        raise RequestError("contestants", f"none gave a figure: {missing or 'peers do not take part in --alone'}")
     return {
         "benchmark": "train",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.compare import RESULT_FILE
+from benchmarks.compare import RESULT_FILE, _limits_of
 from benchmarks.compare_plots import plot_compare
-from benchmarks.compare_tables import Listing, Table, compare_tables, lines, quantities
+from benchmarks.compare_tables import Listing, Table, compare_tables, lines, number, quantities
+from benchmarks.contest import Plan
 from benchmarks.contestants import bytes_read, gather
 from benchmarks.limits import Limits, Traffic, decode_limit, measure_limits, prefill_limit
 from benchmarks.models import plain_checkpoint
@@ -226,6 +227,63 @@ def test_our_formats_are_made_from_the_same_weights_and_load(tmp_path: Path) -> 
     assert again == field
 
 
+def test_a_folder_of_ours_has_the_limits_of_its_own_widths(tmp_path: Path) -> None:
+    plain = plain_checkpoint(None, "tiny", tmp_path)
+    narrow = plain.config.with_widths(d_inner=(64, 96), d_state=(16, 8))
+    folder = write_model(tmp_path / "narrow", narrow)
+    field = gather([("ours", f"narrow={folder}")], plain, tmp_path / "cache", pythons={}, say=lambda _: None)
+    (mine,) = field.contestants
+    assert (mine.config, mine.weight_bytes) == (narrow, bytes_read(narrow, FLOAT32))
+    found = _limits_of(mine, Plan(1, prefill=(8,), decode=(2,), depths=()), plain, LIMITS)
+    traffic = Traffic.of(narrow)
+    assert found == {
+        "prefill 8": prefill_limit(LIMITS, traffic, 8, product="fp32"),
+        "decode 2": decode_limit(LIMITS, traffic, 2, weight_bytes=mine.weight_bytes, product="fp32"),
+    }
+
+
+def test_a_folder_of_ours_with_another_vocabulary_is_absent(tmp_path: Path) -> None:
+    plain = plain_checkpoint(None, "tiny", tmp_path)
+    folder = write_model(tmp_path / "other", small_config())
+    field = gather([("ours", f"other={folder}")], plain, tmp_path / "cache", pythons={}, say=lambda _: None)
+    assert "its vocabulary of 300 ids is not that of the compared model" in field.absent["ours other"]
+
+
+@pytest.mark.parametrize(("named", "prefill"), [([], (512,)), (["--prefill", "7"], (7,))])
+def test_quick_changes_defaults_and_nothing_that_was_named(
+    named: list[str], prefill: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+
+    def planned(plan: Plan, out: Path, **options: Any) -> dict[str, Any]:
+        plans.append(plan)
+        return result()
+
+    monkeypatch.setattr("benchmarks.compare.compare", planned)
+    assert main(["bench", "compare", "--shape", "tiny", "--quick", *named, "--out", str(tmp_path)]) == 0
+    assert (plans[0].prefill, plans[0].decode, plans[0].repeats, plans[0].budget_s) == (prefill, (1, 16), 2, 6.0)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"benchmark": "other"}'])
+@pytest.mark.parametrize("benchmark", ["compare", "train"])
+def test_report_of_another_file_ends_with_one_line(
+    benchmark: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text(text)
+    assert main(["bench", benchmark, "--report", str(tmp_path / "other.json")]) == 1
+    assert capsys.readouterr().err.startswith(f"yunmin: error: --report: {tmp_path / 'other.json'}: expected a")
+
+
+def test_small_figures_are_not_shown_as_nothing() -> None:
+    assert [number(value) for value in (0.00342, 0.0, 0.25, 12.34, 1234.0)] == [
+        "0.00342",
+        "0.00",
+        "0.25",
+        "12.3",
+        "1,234",
+    ]
+
+
 def test_our_quantized_folders_are_artifacts(tmp_path: Path) -> None:
     plain = plain_checkpoint(None, "tiny", tmp_path)
     field = gather([("ours", "int8")], plain, tmp_path / "cache", pythons={}, say=lambda _: None)
@@ -249,6 +307,10 @@ def test_peers_that_cannot_express_a_model_are_absent_with_the_reason(tmp_path: 
         (["--shape", "tiny", "--depths", "x"], "--depths: must be integers separated by commas, got 'x'"),
         (["--shape", "tiny", "--repeats", "0"], "--repeats: must be >= 1, got 0"),
         (["--shape", "tiny", "--peers", "vllm"], "contestant: expected one of ours, llama.cpp"),
+        (["--shape", "tiny", "--threads", "0"], "--threads: must be >= 1, got 0"),
+        (["--shape", "tiny", "--budget", "nan"], "--budget: must be >= 0, got nan"),
+        (["--shape", "tiny", "--contestants", "ours,ours:int8=x"], "contestant: two are called 'ours int8'"),
+        (["--shape", "tiny", "--contestants", "ours:mine="], "contestant: expected ours:NAME=FOLDER"),
     ],
 )
 def test_impossible_settings_end_with_one_line(

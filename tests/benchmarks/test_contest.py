@@ -272,3 +272,11 @@ def test_peers_choose_for_themselves_how_their_threads_wait() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
+
+
+def test_logits_that_are_not_finite_are_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    ScriptedRemotes({"a": 100.0, "broken": float("nan")}).install(monkeypatch)
+    contest = Contest([contestant("a"), contestant("broken")], Plan(1, (), (), (), repeats=1), 9, lambda _: None)
+    contest.run()
+    assert set(contest.logits) == {"a"}
+    assert contest.records["broken"].notes == {"logits": "not all are finite"}

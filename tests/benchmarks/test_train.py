@@ -19,6 +19,7 @@ from benchmarks.train_report import plot_train, train_tables
 from benchmarks.training_steps import Size, TrainPlan, measure_training
 from tests.models import random_model
 from yunmin.cli import main
+from yunmin.errors import RequestError
 
 PLAN = TrainPlan(1, (Size(2, 8), Size(1, 32)), (Size(1, 64),), 8, 2, 1e9, 10, 0)
 NAMES = ("ours fp32", "ours bf16", "transformers", "mambapy")
@@ -126,6 +127,10 @@ def test_peers_train_on_the_same_loss(tmp_path: Path, peer: str) -> None:
         (["--shape", "tiny", "--sizes", "2by8"], "--sizes: expected BATCHxLENGTH, as in 2x256, found '2by8'"),
         (["--shape", "tiny", "--contestants", "jax"], "--contestants: expected some of ours fp32,"),
         (["--shape", "tiny", "--limit", "0"], "--limit: must be >= 1, got 0"),
+        (["--shape", "tiny", "--threads", "0"], "--threads: must be >= 1, got 0"),
+        (["--shape", "tiny", "--memory-limit", "0"], "--memory-limit: must be > 0, got 0"),
+        (["--shape", "tiny", "--contestants", ""], "--contestants: expected some of ours fp32,"),
+        (["--shape", "tiny", "--sizes", "", "--alone", ""], "--sizes: expected at least one size"),
     ],
 )
 def test_impossible_settings_end_with_one_line(
@@ -134,6 +139,16 @@ def test_impossible_settings_end_with_one_line(
     assert main(["bench", "train", *arguments, "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith(f"yunmin: error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_any_figure_is_an_error_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*arguments: Any, **options: Any) -> None:
+        raise Failed("the package 'mambapy' does not import here")
+
+    monkeypatch.setattr("benchmarks.training_steps.Remote", absent)
+    monkeypatch.setattr("benchmarks.training_steps.measure_limits", lambda threads: LIMITS)
+    with pytest.raises(RequestError, match="none gave a figure: mambapy, 2x8: the package 'mambapy' does not import"):
+        measure_training(PLAN, tmp_path, ("mambapy",), model=None, shape="tiny", pythons={})
 
 
 @pytest.mark.slow
