@@ -157,15 +157,16 @@ def gated_scan(
         from yunmin.kernels.native import native_scan
 
         return native_scan(u, raw_delta, A, B_ssm, C_ssm, D_skip, z, state, lengths, is_raw=True)
+    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
     if lengths is not None:
         is_padding = (torch.arange(u.shape[1], device=u.device) >= lengths[:, None])[..., None]  # (B, L, 1)
         # zeros, so that NaN in padding turns into no NaN times zero, backward neither
         u, raw_delta, B_ssm, C_ssm, z = (t.masked_fill(is_padding, 0.0) for t in (u, raw_delta, B_ssm, C_ssm, z))
-        delta = F.softplus(raw_delta).masked_fill(is_padding, 0.0)  # a step of length zero keeps the state
+        delta = F.softplus(raw_delta.to(compute)).masked_fill(is_padding, 0.0)  # a step of zero keeps the state
     else:
-        delta = F.softplus(raw_delta)
-    y, last_state = selective_scan(u, delta, A, B_ssm, C_ssm, D_skip, state)
-    return y * F.silu(z).to(y.dtype), last_state
+        delta = F.softplus(raw_delta.to(compute))
+    y, last_state = selective_scan(u.to(compute), delta, A, B_ssm, C_ssm, D_skip, state)
+    return (y * F.silu(z.to(compute))).to(u.dtype), last_state
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:

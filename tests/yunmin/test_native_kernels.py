@@ -309,6 +309,19 @@ def test_without_gradients_the_outputs_are_the_same_and_nothing_is_kept(mode: Ca
         assert torch.equal(mine, expected)
 
 
+def test_without_gradients_no_states_are_kept_for_a_backward_although_parameters_would_need_them() -> None:
+    inputs = scan_inputs(2, 130, 96, 128, torch.float32)
+    with torch.no_grad(), _LargestTensor() as largest:
+        gated_scan(*inputs)
+    assert largest.numbers <= max(t.numel() for t in inputs)
+
+
+def test_a_convolution_of_one_tap_needs_no_carried_inputs() -> None:
+    inputs = convolution_inputs(2, 5, 3, 1, torch.float64)
+    assert_equal_to([convolve(*inputs)], [reference_convolution(*inputs)], torch.float64)
+    assert_equal_to(gradients(convolve, inputs), gradients(reference_convolution, inputs), torch.float64)
+
+
 class _LargestTensor(TorchDispatchMode):
     """Records how many numbers the largest tensor has that an operation returns."""
 

@@ -202,6 +202,25 @@ def test_a_wrong_width_of_the_gated_scan_is_refused_by_name(name: str) -> None:
         gated_scan(u=u, A=A, B_ssm=B_ssm, C_ssm=C_ssm, D_skip=u[0, 0], state=state, **own)
 
 
+@pytest.mark.parametrize("has_lengths", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
+def test_the_gated_scan_rounds_bfloat16_only_at_its_end(backend: str, has_lengths: bool) -> None:
+    u, delta, A, B_ssm, C_ssm, state = (t.detach() for t in scan_inputs(2, 70, 3, 4, torch.float32))
+    u, raw_delta, z, B_ssm, C_ssm = (t.bfloat16() for t in (u, delta - 2, 3 * u + 1, B_ssm, C_ssm))
+    lengths = torch.tensor([70, 9]) if has_lengths else None
+    D_skip = u[0, 0].float()
+    with use_backend(backend):
+        y, last_state = gated_scan(u, raw_delta, A, B_ssm, C_ssm, D_skip, z, state, lengths)
+    u, raw_delta, A, B_ssm, C_ssm, D_skip, z, state = (
+        t.double() for t in (u, raw_delta, A, B_ssm, C_ssm, D_skip, z, state)
+    )
+    with use_backend("reference"):
+        exact, exact_state = gated_scan(u, raw_delta, A, B_ssm, C_ssm, D_skip, z, state, lengths)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(last_state.double(), exact_state, rtol=0, atol=1e-5)
+
+
 def test_the_backend_is_forced_by_block_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.delenv("YUNMIN_SCAN", raising=False)

@@ -43,7 +43,9 @@ def native_scan(
         wide = [t.to(compute) for t in wide]
     A, B_ssm, C_ssm, D_skip, state = (t.to(compute) for t in (A, B_ssm, C_ssm, D_skip, state))
     gate = wide[2] if len(wide) > 2 else None
-    y, last_state = _Scan.apply(wide[0], wide[1], A, B_ssm, C_ssm, D_skip, gate, state, lengths, is_raw)  # type: ignore[no-untyped-call]
+    y, last_state = _Scan.apply(  # type: ignore[no-untyped-call]
+        wide[0], wide[1], A, B_ssm, C_ssm, D_skip, gate, state, lengths, is_raw, torch.is_grad_enabled()
+    )
     return y.to(u.dtype), last_state
 
 
@@ -128,13 +130,15 @@ class _Scan(torch.autograd.Function):
         state: Tensor,
         lengths: Tensor | None,
         is_raw: bool,
+        is_recorded: bool,
     ) -> tuple[Tensor, Tensor]:
         batch, length, inner = u.shape
         n = A.shape[1]
         blocks = -(-inner // LANES)
         y = torch.empty(u.shape, dtype=u.dtype)
         states = _to_blocks(state)  # (B, blocks, N, LANES)
-        chunks = -(-length // CHUNK) if any(ctx.needs_input_grad) else 0
+        # parameters ask for a gradient under no_grad, too
+        chunks = -(-length // CHUNK) if is_recorded and any(ctx.needs_input_grad) else 0
         starts = torch.empty(chunks, batch, blocks, n, LANES, dtype=A.dtype)
         if u.numel() > 0:
             run_team(
@@ -181,6 +185,7 @@ class _Scan(torch.autograd.Function):
                 (batch, length, inner, n),
                 ctx.is_raw,
                 z is not None,
+                size=threads,
             )
         return (
             grad_u,
@@ -191,6 +196,7 @@ class _Scan(torch.autograd.Function):
             grad_D.sum(0).flatten()[:inner],
             grad_z,
             _from_blocks(adjoints, inner),
+            None,
             None,
             None,
         )
@@ -228,7 +234,7 @@ def _rows(tensor: Tensor) -> Rows:
         tensor = tensor.contiguous()
     batch_stride, row_stride = tensor.stride(0), tensor.stride(1)
     span = (tensor.shape[0] - 1) * batch_stride + (tensor.shape[1] - 1) * row_stride + tensor.shape[2]
-    return _numpy(tensor.as_strided((span,), (1,))), batch_stride, row_stride
+    return _numpy(tensor.as_strided((span if tensor.numel() > 0 else 0,), (1,))), batch_stride, row_stride
 
 
 def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
