@@ -145,6 +145,7 @@ def _summed_up(contest: Contest, field: Field, plain: Checkpoint, limits: Limits
                 "limits": {} if limits is None else _limits_of(contestant, contest.plan, plain, limits),
                 "samples": record.samples,
                 "notes": record.notes,
+                "warm_up_only": [quantity for quantity in summary if quantity in record.warmed],
             }
         )
     differences = {}

@@ -108,6 +108,7 @@ def compare_tables(result: dict[str, Any]) -> list[Table | Listing]:
         ),
         _limits(result),
         Listing("Who ran", tuple(_versions(result))),
+        Listing("Measured once, while warming up", tuple(_warm_up_only(result))),
         Listing("Not measured", tuple(_missing(result))),
     ]
     return [part for part in found if not part.is_empty]
@@ -188,6 +189,12 @@ def _limits(result: dict[str, Any]) -> Table:
 def _versions(result: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for contestant in result["contestants"]:
         yield contestant["name"], ", ".join(f"{package} {text}" for package, text in contestant["versions"].items())
+
+
+def _warm_up_only(result: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    for contestant in result["contestants"]:
+        if contestant.get("warm_up_only"):
+            yield contestant["name"], ", ".join(contestant["warm_up_only"])
 
 
 def _missing(result: dict[str, Any]) -> Iterable[tuple[str, str]]:

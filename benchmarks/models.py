@@ -39,8 +39,11 @@ def plain_checkpoint(model: str | None, shape: str | None, out: Path) -> Checkpo
         refuse_quantized(model, checkpoint.quantization)
     else:
         checkpoint = load_checkpoint(model)
-        if (checkpoint.folder / PILLARS_FILE).exists():
-            raise RequestError("MODEL", f"{checkpoint.folder} has gates: export it first, then compare the artifact")
+        for part, what in ((PILLARS_FILE, "gates"), ("adapters", "adapters")):
+            if (checkpoint.folder / part).exists():
+                raise RequestError(
+                    "MODEL", f"{checkpoint.folder} has {what}: export it first, then compare the artifact"
+                )
     folder = out / "models" / f"{checkpoint.folder.resolve().name}-{_digest(checkpoint)}" / "fp32"
     if not (folder / "config.json").is_file():
         with atomic_folder(folder) as aside:

@@ -119,10 +119,13 @@ def measure_training(
     plain = plain_checkpoint(model, shape, out)
     say("limits of this machine")
     limits = measure_limits(plan.threads)
-    sizes: list[dict[str, Any]] = []
+    measured = {}
     for size in (*plan.sizes, *plan.alone):
         taking_part = [name for name in names if size in plan.sizes or CONTESTANTS[name][0] == "yunmin"]
-        steps = _measure_size(size, taking_part, plan, plain, pythons)
+        measured[size] = _measure_size(size, taking_part, plan, plain, pythons)
+    limits = limits.best_of(measure_limits(plan.threads))
+    sizes: list[dict[str, Any]] = []
+    for size, steps in measured.items():
         sizes.append(
             {
                 "size": size.name,

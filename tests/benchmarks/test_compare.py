@@ -274,6 +274,14 @@ def test_report_of_another_file_ends_with_one_line(
     assert capsys.readouterr().err.startswith(f"yunmin: error: --report: {tmp_path / 'other.json'}: expected a")
 
 
+def test_figures_of_a_warm_up_alone_are_named() -> None:
+    slow = entry("transformers", "fp32", {"prefill 2048": 9.0, "decode 1": 2.0}, warm_up_only=["prefill 2048"])
+    (listed,) = [p for p in compare_tables(result(contestants=[slow])) if p.title == "Measured once, while warming up"]
+    assert isinstance(listed, Listing)
+    assert listed.entries == (("transformers", "prefill 2048"),)
+    assert "Measured once, while warming up" not in [part.title for part in compare_tables(result())]
+
+
 def test_small_figures_are_not_shown_as_nothing() -> None:
     assert [number(value) for value in (0.00342, 0.0, 0.25, 12.34, 1234.0)] == [
         "0.00342",
@@ -319,6 +327,13 @@ def test_impossible_settings_end_with_one_line(
     assert main(["bench", "compare", *arguments, "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith(f"yunmin: error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_adapters_is_not_compared_before_its_export(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", small_config())
+    (folder / "adapters").mkdir()
+    with pytest.raises(YunminError, match=r"MODEL: .* has adapters: export it first"):
+        plain_checkpoint(str(folder), None, tmp_path / "out")
 
 
 @pytest.mark.slow

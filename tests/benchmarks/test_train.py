@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from benchmarks.adapters.train_server import _LOADERS, step
 from benchmarks.limits import Limits
 from benchmarks.models import plain_checkpoint
 from benchmarks.train_report import plot_train, train_tables
-from benchmarks.training_steps import Size, TrainPlan, measure_training
+from benchmarks.training_steps import Size, Steps, TrainPlan, measure_training
 from tests.models import random_model
 from yunmin.cli import main
 from yunmin.errors import RequestError
 
 PLAN = TrainPlan(1, (Size(2, 8), Size(1, 32)), (Size(1, 64),), 8, 2, 1e9, 10, 0)
 NAMES = ("ours fp32", "ours bf16", "transformers", "mambapy")
+ANSWER = {"seconds": 2.0, "loss": 5.5, "memory_bytes": 1e6}
 SECONDS = {"ours fp32": 2.0, "ours bf16": 1.0, "transformers": 80.0, "mambapy": 12.0}
 LIMITS = Limits(1, 1e9, {"fp32": 1e9, "bf16": 2e9, "int8": 4e9}, {"read": "", "fp32": "", "bf16": "", "int8": ""})
 
@@ -149,6 +151,16 @@ def test_a_run_without_any_figure_is_an_error_that_says_why(tmp_path: Path, monk
     monkeypatch.setattr("benchmarks.training_steps.measure_limits", lambda threads: LIMITS)
     with pytest.raises(RequestError, match="none gave a figure: mambapy, 2x8: the package 'mambapy' does not import"):
         measure_training(PLAN, tmp_path, ("mambapy",), model=None, shape="tiny", pythons={})
+
+
+def test_limits_are_the_best_of_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.training_steps._measure_size", lambda *_: {"ours fp32": Steps([ANSWER])})
+    found = iter([LIMITS, replace(LIMITS, flops_per_s={"fp32": 4e9, "bf16": 1e9, "int8": 4e9})])
+    monkeypatch.setattr("benchmarks.training_steps.measure_limits", lambda threads: next(found))
+    result = measure_training(PLAN, tmp_path, NAMES, model=None, shape="tiny", pythons={})
+    assert result["limits"]["flops_per_s"] == {"fp32": 4e9, "bf16": 2e9, "int8": 4e9}
+    limits_s = result["sizes"][0]["limits_s"]
+    assert limits_s["bf16"] == pytest.approx(2 * limits_s["fp32"])
 
 
 @pytest.mark.slow
