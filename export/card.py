@@ -152,7 +152,7 @@ def _search_section(provenance: Mapping[str, Any], perplexity: Mapping[str, Perp
     search, cut = provenance["search"], provenance.get("approximate_cut")
     curve = _markdown_table(CURVE_HEADER, curve_rows(search["curve"], perplexity["before"].token_perplexity))
     share = search["max_perplexity_increase"]
-    text = f"\n\nThis is the smallest of these whose perplexity rises by at most {share:.2%}:\n\n{curve}"
+    text = f"\n\nThis is the smallest of these whose perplexity rises by at most {100 * share:g} %:\n\n{curve}"
     if cut is not None:
         text += (
             f"\n\nThe cut to {cut['inner_width']} of {cut['of']} inner channels is approximate: it removed channels "

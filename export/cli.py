@@ -74,7 +74,9 @@ def main(argv: list[str]) -> int:
             quantize=options.quantize or "none",
             calibrate=options.calibrate,
             order=options.order,
-            max_increase=parse_increase(options.max_perplexity_increase) if options.max_perplexity_increase else None,
+            max_increase=(
+                None if options.max_perplexity_increase is None else parse_increase(options.max_perplexity_increase)
+            ),
             measured_tokens=options.tokens,
             calibration_tokens=options.calibration_tokens,
         ),
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
     if search is not None:
         print(plain_table(CURVE_HEADER, curve_rows(search["curve"], manifest.perplexity["before"].token_perplexity)))
         plotted = f"plotted in {CURVE_FILE}" if can_plot() else "not plotted: matplotlib is not installed"
-        print(f"  (the smallest within {search['max_perplexity_increase']:.2%} was taken; {plotted})\n")
+        print(f"  (the smallest within {100 * search['max_perplexity_increase']:g} % was taken; {plotted})\n")
     print(f"{options.out}: written and verified on {manifest.provenance['verified_on']}\n")
     rows = size_rows(manifest.before, manifest.after) + perplexity_rows(manifest.perplexity)
     print(plain_table(("size", "before", "after", "ratio"), rows))

@@ -41,9 +41,9 @@ class Options:
                 f"--calibrate {self.calibrate}: expected --quantize int4, --max-perplexity-increase, or "
                 f"--order {' or '.join(ORDERS_BY_TEXT)}"
             )
-        for name in ("measured_tokens", "calibration_tokens"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"{name} must be at least 2, got {getattr(self, name)}")
+        for name, value in (("--tokens", self.measured_tokens), ("--calibration-tokens", self.calibration_tokens)):
+            if value < 2:
+                raise ConfigError(f"{name} must be at least 2, got {value}")
 
     @property
     def calibrates(self) -> bool:

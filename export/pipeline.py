@@ -101,7 +101,7 @@ def export(
         artifact=change.artifact,
         channels=tuple(channels[index] for channels, index in zip(compact.channels, change.kept, strict=True)),
         residual=compact.residual,
-        provenance=provenance_of(read, probe.origin) | change.facts,
+        provenance=provenance_of(read, compact.channels, probe.origin) | change.facts,
         verify=verify_written,
         force=force,
     )

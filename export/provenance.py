@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from export.adapter import Adapter
 from export.compact import Source
@@ -25,16 +27,16 @@ _SOURCE_FILES = (
 )
 
 
-def provenance_of(source: Source, probe_origin: str) -> dict[str, Any]:
+def provenance_of(source: Source, channels: Sequence[Tensor], probe_origin: str) -> dict[str, Any]:
     """Facts about an export, the same for the same input.
 
     Args:
         source: that was read.
+        channels: per layer, the starting inner channel at each position of the export.
         probe_origin: what it was verified on.
     """
     checkpoint, pillars = source.checkpoint, source.pillars
-    identity = [torch.arange(order.numel()) for order in pillars.scan_order]
-    reordered = sum(not torch.equal(order, i) for order, i in zip(pillars.scan_order, identity, strict=True))
+    reordered = sum(not torch.equal(order, order.sort().values) for order in channels)
     gates = (*pillars.channel_gates, *pillars.state_gates)
     return {
         "yunmin": __version__,

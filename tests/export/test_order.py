@@ -112,11 +112,18 @@ def test_artifact_in_another_order_is_proven_and_tells_it(run_folder: Path, tmp_
     assert order.tolist() != [c.tolist() for c in plain.channels]
 
 
+def test_channels_put_back_in_their_starting_order_count_as_not_reordered(run_folder: Path, tmp_path: Path) -> None:
+    assert export(run_folder, tmp_path / "trained").provenance["reordered_layers"] > 0
+    manifest = export(run_folder, tmp_path / "out", options=Options(order="identity"))
+    assert manifest.provenance["reordered_layers"] == 0
+
+
 def test_float32_artifact_takes_an_order_too(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(export_main, [str(run_folder), str(tmp_path / "out"), "--order", "random", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["provenance"]["order"] == "random"
+    provenance = json.loads(capsys.readouterr().out)["provenance"]
+    assert (provenance["order"], provenance["reordered_layers"]) == ("random", 2)
     checkpoint, manifest = load_artifact(tmp_path / "out")
     assert manifest.parity["float32"].holds
     assert manifest.perplexity == {}

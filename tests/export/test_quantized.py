@@ -190,10 +190,11 @@ def test_weight_that_cannot_be_quantized_is_refused_by_name(
             ["--calibrate", "stdlib"],
             "--calibrate stdlib: expected --quantize int4, --max-perplexity-increase, or",
         ),
-        (["--quantize", "int8", "--tokens", "1"], "measured_tokens must be at least 2, got 1"),
+        (["--quantize", "int8", "--tokens", "1"], "--tokens must be at least 2, got 1"),
+        (["--max-perplexity-increase", ""], "--max-perplexity-increase: expected a share like 2% or 0.02, found ''"),
         (["--quantize", "int4", "--calibrate", "missing.txt"], "missing.txt: expected a text file"),
     ],
-    ids=["int8", "none", "tokens", "missing"],
+    ids=["int8", "none", "tokens", "increase", "missing"],
 )
 def test_what_makes_no_sense_is_one_clear_line(
     run_folder: Path, tmp_path: Path, capsys: Captured, arguments: list[str], message: str

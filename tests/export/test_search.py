@@ -182,6 +182,18 @@ def test_cut_artifact_says_that_it_is_approximate_and_is_proven_against_the_cut_
     assert "is approximate" in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_small_limit_is_not_printed_as_zero(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "source", small_config())
+    monkeypatch.setattr(search_module, "measure", lambda *_: BEFORE)
+    monkeypatch.setattr("export.pipeline.measure", lambda *_: BEFORE)
+    arguments = [str(tmp_path / "source"), str(tmp_path / "out"), "--max-perplexity-increase", "0.002%"]
+    assert run(export_main, [*arguments, "--tokens", "300", "--calibration-tokens", "300"]) == 0
+    assert "(the smallest within 0.002 % was taken" in capsys.readouterr().out
+    assert "rises by at most 0.002 %:" in (tmp_path / "out/README.md").read_text()
+
+
 def test_impossible_limit_is_one_clear_line_and_nothing_is_written(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
