@@ -161,6 +161,7 @@ def read_manifest(folder: str | Path, *, verify_files: bool = True) -> Manifest:
     except (ValidationError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: {_first_line(error)}") from None
     _check_names(path, manifest)
+    _check_pairs(path, manifest)
     for name, record in manifest.files.items():
         file = folder / name
         if not file.is_file():
@@ -198,6 +199,14 @@ def _check_names(path: Path, manifest: Manifest) -> None:
     for name in _READ_FILES:
         if name not in manifest.files and (name in _REQUIRED_FILES or (path.parent / name).exists()):
             raise ArtifactError(f"{path}: expected a record of {name}, found none")
+
+
+def _check_pairs(path: Path, manifest: Manifest) -> None:
+    """Refuses figures of before without those of after."""
+    if set(manifest.before) != set(manifest.after):
+        raise ArtifactError(f"{path}: before has {sorted(manifest.before)}, after has {sorted(manifest.after)}")
+    if manifest.perplexity and set(manifest.perplexity) != {"before", "after"}:
+        raise ArtifactError(f"{path}: perplexity: expected before and after, found {sorted(manifest.perplexity)}")
 
 
 class _VersionOnly(BaseModel):

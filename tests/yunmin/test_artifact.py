@@ -82,6 +82,19 @@ def test_a_manifest_of_another_format_or_with_names_outside_is_refused(
     assert "manifest.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["perplexity", "after"])
+def test_figures_of_before_without_those_of_after_are_refused(artifact: Path, damage: str) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    record = {"token_perplexity": 2.0, "tokens": 9, "window": 512, "stride": 512, "source": "text"}
+    if damage == "perplexity":
+        manifest["perplexity"] = {"before": record}
+    else:
+        del manifest["after"]["state_bytes"]
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="after"):
+        read_manifest(artifact)
+
+
 def test_a_file_that_would_be_read_without_a_record_is_refused(artifact: Path) -> None:
     files = json.loads((artifact / "manifest.json").read_text())["files"]
     del files["tokenizer.json"]
