@@ -12,9 +12,18 @@ from yunmin.errors import RequestError
 from yunmin.files import atomic_folder
 from yunmin.model import MambaLM
 
-# name -> (d_model, layers); `tiny` is for trying a command out, the others are those of the Mamba paper
-SHAPES = {"tiny": (64, 2), "130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48)}
+# name -> (d_model, layers); `tiny` is for trying a command out, `130m-half` is 130m with half its inner channels cut,
+# the others are those of the Mamba paper
+SHAPES = {
+    "tiny": (64, 2),
+    "130m": (768, 24),
+    "130m-half": (768, 24),
+    "370m": (1024, 48),
+    "790m": (1536, 48),
+    "1.4b": (2048, 48),
+}
 _VOCAB_SIZE = {"tiny": 512}
+_EXPAND = {"130m-half": 1}
 
 
 def shape_config(name: str) -> MambaConfig:
@@ -26,7 +35,9 @@ def shape_config(name: str) -> MambaConfig:
     if name not in SHAPES:
         raise RequestError("--shape", f"expected one of {', '.join(SHAPES)}, found {name!r}")
     d_model, n_layers = SHAPES[name]
-    return MambaConfig.create(vocab_size=_VOCAB_SIZE.get(name, 50280), d_model=d_model, n_layers=n_layers)
+    return MambaConfig.create(
+        vocab_size=_VOCAB_SIZE.get(name, 50280), d_model=d_model, n_layers=n_layers, expand=_EXPAND.get(name, 2)
+    )
 
 
 def random_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:

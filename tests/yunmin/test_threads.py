@@ -75,6 +75,14 @@ def test_an_error_on_any_rank_reaches_the_caller_and_the_team_lives_on() -> None
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 def test_an_interrupted_caller_waits_for_the_whole_team_and_the_team_lives_on() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs started in the background ignore it
+    try:
+        _interrupt_a_team()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_a_team() -> None:
     set_threads(3)
     caller = threading.get_ident()
     done: list[int] = []
