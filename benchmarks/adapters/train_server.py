@@ -34,19 +34,22 @@ def main(argv: list[str]) -> int:
             if spec["kind"] == "yunmin":
                 surroundings.enter_context(_as_trained())
             model, logits, versions = _LOADERS[spec["kind"]](spec["model"], spec["threads"])
+            loaded_bytes, _ = memory_bytes()
             say({"versions": versions})
         except Exception as error:  # noqa: BLE001 (whatever it is, it is the reason that this one is not measured)
             say({"unavailable": reason(error)})
             return 0
         for line in sys.stdin:
             try:
-                say(step(model, logits, spec["products"], spec["n_tokens"], **json.loads(line)))
+                say(step(model, logits, spec["products"], spec["n_tokens"], loaded_bytes, **json.loads(line)))
             except Exception as error:  # noqa: BLE001 (the report names it)
                 say({"failed": reason(error)})
     return 0
 
 
-def step(model: Any, logits: Logits, products: str, n_tokens: int, batch_size: int, length: int) -> dict[str, Any]:
+def step(
+    model: Any, logits: Logits, products: str, n_tokens: int, loaded_bytes: int, batch_size: int, length: int
+) -> dict[str, Any]:
     """One step.
 
     Args:
@@ -54,12 +57,13 @@ def step(model: Any, logits: Logits, products: str, n_tokens: int, batch_size: i
         logits: ids (B, L) -> logits (B, L, V).
         products: "bf16" for products of matrices in bfloat16, else "fp32".
         n_tokens: ids below it are drawn as text.
+        loaded_bytes: resident memory with the model loaded, before any step.
         batch_size: sequences.
         length: their tokens.
 
     Returns:
-        `seconds`, `loss`, and `memory_bytes`: by how much the peak exceeds what was resident before, gradients of the
-        weights included.
+        `seconds`, `loss`, and `memory_bytes`: by how much the peak exceeds `loaded_bytes`, gradients of the weights and
+        memory that an earlier step left to the allocator included.
     """
     import torch
 
@@ -67,7 +71,6 @@ def step(model: Any, logits: Logits, products: str, n_tokens: int, batch_size: i
     ids = torch.randint(0, n_tokens, (batch_size, length + 1), generator=generator)
     model.zero_grad(set_to_none=True)
     reset_peak_memory()
-    before, _ = memory_bytes()
     begin = time.perf_counter()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=products == "bf16"):
         predicted = logits(ids[:, :-1])  # (B, L, V)
@@ -76,7 +79,7 @@ def step(model: Any, logits: Logits, products: str, n_tokens: int, batch_size: i
     loss.backward()
     seconds = time.perf_counter() - begin
     _, peak = memory_bytes()
-    return {"seconds": seconds, "loss": loss.item(), "memory_bytes": peak - before}
+    return {"seconds": seconds, "loss": loss.item(), "memory_bytes": peak - loaded_bytes}
 
 
 def _as_trained() -> contextlib.AbstractContextManager[None]:

@@ -95,7 +95,7 @@ def test_limit_is_three_times_the_products_of_a_forward_at_all_positions(
 @pytest.mark.parametrize("products", ["fp32", "bf16"])
 def test_a_step_leaves_the_gradients_of_the_cross_entropy_at_all_positions(products: str) -> None:
     model = random_model()
-    answer = step(model, model, products, 300, batch_size=2, length=9)
+    answer = step(model, model, products, 300, 0, batch_size=2, length=9)
     ids = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(9))
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
     expected = torch.autograd.grad(loss, model.lm_head.weight)[0]
@@ -117,7 +117,7 @@ def test_peers_train_on_the_same_loss(tmp_path: Path, peer: str) -> None:
             model, logits, _ = _LOADERS[kind](str(folder), threads)
         except ImportError as error:
             pytest.skip(f"{error.name} is not installed: pip install 'yunmin[peers]'")
-        losses.append(step(model, logits, "fp32", 512, batch_size=2, length=5)["loss"])
+        losses.append(step(model, logits, "fp32", 512, 0, batch_size=2, length=5)["loss"])
         assert all(parameter.grad is not None for parameter in model.parameters())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
