@@ -49,13 +49,6 @@ def gptq(weight: Tensor, hessian: Tensor) -> QuantizedWeight:
     return QuantizedWeight("int4", levels, scales)
 
 
-def hessian_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """Mean squared error of W x over the inputs that gave the Hessian, relative to the mean square of W x."""
-    hessian = hessian.double()
-    error, weight = (approximation - weight).double(), weight.double()
-    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum())
-
-
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of the dampened Hessian, float32."""
     if not bool(hessian.isfinite().all()):

@@ -91,7 +91,9 @@ class TrainingConfig(BaseModel):
     scan_objective: Literal["correlation", "quantization"] = Field(
         "correlation", description="neighbours are correlated channels, or ones whose weights share an int4 scale well"
     )
-    scan_gradient_weighted: bool = Field(False, description="weigh correlations by the channels' gradients")
+    scan_gradient_weighted: bool = Field(
+        False, description="weigh correlations by gradients; not read by scan_objective=quantization"
+    )
 
     # pillar 2: masking
     enable_masking: bool = Field(True, description="learn gates, then cut")

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from export.calibration import calibrated_tensors
-from export.gptq import gptq, hessian_error
+from export.gptq import gptq
 from tests.models import random_ids, random_tensors, small_config
 from yunmin.errors import CheckpointError
 from yunmin.quantization.layout import Quantization
 from yunmin.quantization.rounding import round_tensors, round_weight
+
+
+def hessian_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """Mean squared error of W x over the inputs that gave the Hessian, relative to the mean square of W x."""
+    hessian = hessian.double()
+    error, weight = (approximation - weight).double(), weight.double()
+    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum())
 
 
 def _correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
