@@ -13,8 +13,8 @@ from bentoml.exceptions import BentoMLException
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 
-from serving.api import Backend, create_app
-from serving.engine import Engine
+from serving.api.app import Backend, create_app
+from serving.engine.engine import Engine
 from serving.metrics import Metrics
 from serving.settings import read_settings, require_artifact
 from yunmin.errors import YunminError

@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
-from serving.api import Backend, create_app
-from serving.engine import Engine
+from serving.api.app import Backend, create_app
+from serving.engine.engine import Engine
 from serving.metrics import Metrics
 from serving.settings import read_settings
 from yunmin.language_model import LanguageModel

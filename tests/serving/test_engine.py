@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from serving.engine import Engine, Load
+from serving.engine.engine import Engine, Load
+from serving.engine.streams import DeadlineError, EngineStoppedError, QueueFullError, SequenceError, TokenStream
 from serving.metrics import Metrics
-from serving.streams import DeadlineError, EngineStoppedError, QueueFullError, SequenceError, TokenStream
 from yunmin.config import MambaConfig
 from yunmin.language_model import LanguageModel
 from yunmin.sampling import SamplingParams

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving.protocol import CompletionRequest, GenerateRequest
+from serving.api.protocol import CompletionRequest, GenerateRequest
 from yunmin import __version__
 
 _REF = "#/components/schemas/{model}"

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.failures import ApiError
+from serving.api.failures import ApiError
 
 T = TypeVar("T")
 

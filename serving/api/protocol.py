@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from serving.failures import ApiError
+from serving.api.failures import ApiError
 from yunmin.errors import RequestError
 from yunmin.sampling import SamplingParams, sampling_params_from
 

@@ -16,8 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from serving.engine import Engine
-from serving.failures import (
+from serving.api.failures import (
     ApiError,
     api_error,
     on_api_error,
@@ -25,11 +24,12 @@ from serving.failures import (
     on_unexpected_error,
     on_yunmin_error,
 )
-from serving.openapi import PAGE, openapi_document
-from serving.protocol import OPENAI_DEFAULT_MAX_TOKENS, CompletionRequest, GenerateRequest, parse_request
+from serving.api.openapi import PAGE, openapi_document
+from serving.api.protocol import OPENAI_DEFAULT_MAX_TOKENS, CompletionRequest, GenerateRequest, parse_request
+from serving.api.transport import DONE, ClientLeftError, EventStream, frame, read_body, while_connected
+from serving.engine.engine import Engine
+from serving.engine.streams import TokenStream
 from serving.settings import Settings
-from serving.streams import TokenStream
-from serving.transport import DONE, ClientLeftError, EventStream, frame, read_body, while_connected
 from yunmin.errors import RequestError, YunminError
 from yunmin.generate import Piece
 from yunmin.language_model import LanguageModel

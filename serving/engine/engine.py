@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from serving.metrics import Metrics
-from serving.streams import (
+from serving.engine.streams import (
     ActiveSequence,
     DeadlineError,
     EngineStoppedError,
@@ -26,6 +25,7 @@ from serving.streams import (
     SequenceError,
     TokenStream,
 )
+from serving.metrics import Metrics
 from yunmin.errors import YunminError
 from yunmin.generate import Generation
 from yunmin.runtime import Runtime

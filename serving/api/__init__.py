@@ -1,0 +1,1 @@
+"""The HTTP surface: requests in, tokens and errors out."""

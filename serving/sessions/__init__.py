@@ -1,0 +1,1 @@
+"""Sessions: states of sequences that are kept, named, forked, moved, and gone on with."""
