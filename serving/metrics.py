@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
 
 
@@ -21,6 +22,11 @@ class Metrics:
         running, waiting, slots: sequences with a slot, without one, and how many slots there are.
         first_token_s: from arrival to the first token.
         token_gap_s: between two tokens of one sequence.
+        request_s: from arrival to the end.
+        cache_lookups: in the prefix cache by what they found; see `serving.engine.prefix_cache.Outcome`.
+        cache_tokens: prompt tokens that were not read again.
+        cache_checkpoints: in the prefix cache.
+        state_bytes: memory of states by place: slots, prefix_cache.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -46,4 +52,21 @@ class Metrics:
             "Time between two tokens of one sequence",
             registry=registry,
             buckets=_GAP_BUCKETS_S,
+        )
+        self.request_s = Histogram(
+            "yunmin_request_seconds", "Time from arrival to the end", registry=registry, buckets=_REQUEST_BUCKETS_S
+        )
+        self.cache_lookups = Counter(
+            "yunmin_prefix_cache_lookups", "Lookups by what they found", ["outcome"], registry=registry
+        )
+        self.cache_tokens = Counter(
+            "yunmin_prefix_cache_tokens", "Prompt tokens that were not read again", registry=registry
+        )
+        self.cache_checkpoints = gauge("yunmin_prefix_cache_checkpoints", "States that the prefix cache holds")
+        self.state_bytes = Gauge(
+            "yunmin_state_bytes",
+            "Memory of states by place",
+            ["place"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
         )

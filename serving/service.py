@@ -65,8 +65,11 @@ class MambaService:
             model.tokenizer,
             slots=settings.slots,
             queue=settings.queue,
-            prefill_chunk=settings.prefill_chunk,
             metrics=Metrics(REGISTRY),
+            prefill_chunk=settings.prefill_chunk,
+            decode_stall=settings.decode_stall,
+            cache_bytes=settings.cache_bytes,
+            cache_interval=settings.cache_interval,
         )
         self.engine.start()
         _app.state.backend = Backend(model, self.engine, settings)

@@ -30,7 +30,16 @@ class Settings(BaseModel):
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model; 0 leaves torch's own choice")
     slots: int = Field(8, ge=1, le=4096, description="sequences that advance together")
     queue: int = Field(64, ge=0, le=100_000, description="requests that may wait for a slot; more get 429")
-    prefill_chunk: int = Field(256, ge=1, le=65_536, description="prompt tokens read between two decode steps")
+    prefill_chunk: int = Field(256, ge=1, le=65_536, description="most prompt tokens read in one turn")
+    decode_stall: float = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="by how much of itself a decode step may be delayed by prompts",
+    )
+    cache_bytes: int = Field(536_870_912, ge=0, description="memory for states of prompts that were read; 0 keeps none")
+    cache_interval: int = Field(1024, ge=16, description="tokens between two such states in a long prompt")
     max_prompt_tokens: int = Field(32_768, ge=1, description="longest prompt")
     max_tokens: int = Field(4096, ge=1, description="most tokens that one request may generate")
     max_body_bytes: int = Field(1_048_576, ge=1024, description="largest request body")

@@ -187,6 +187,11 @@ class MambaLM(nn.Module):
             last = hidden[torch.arange(batch, device=hidden.device), lengths - 1]  # (B, d)
         return self._logits(last), state
 
+    def score(self, input_ids: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """Reads tokens (B, L) from a state: logits after each of them (B, L, V), and the state after the last."""
+        hidden, state = self.backbone(input_ids, self.new_state(input_ids.shape[0]) if state is None else state)
+        return self._logits(hidden), state
+
     def step(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token per sequence: ids (B,) and a state, not modified -> logits (B, V) and the next state."""
         return self.prefill(token_ids[:, None], state)

@@ -71,6 +71,10 @@ class MambaState:
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.ssm[0].device)
         return self._map(lambda t: t.index_select(0, index))
 
+    def first_rows(self, count: int) -> MambaState:
+        """The first rows of the batch, in the same memory."""
+        return self._map(lambda t: t[:count])
+
     def scatter_(self, rows: Sequence[int], source: MambaState) -> None:
         """Writes `source`'s rows over rows of this state, in place."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.ssm[0].device)

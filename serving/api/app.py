@@ -28,6 +28,7 @@ from serving.api.openapi import PAGE, openapi_document
 from serving.api.protocol import OPENAI_DEFAULT_MAX_TOKENS, CompletionRequest, GenerateRequest, parse_request
 from serving.api.transport import DONE, ClientLeftError, EventStream, frame, read_body, while_connected
 from serving.engine.engine import Engine
+from serving.engine.job import Job
 from serving.engine.streams import TokenStream
 from serving.settings import Settings
 from yunmin.errors import RequestError, YunminError
@@ -70,7 +71,7 @@ class Backend:
         if params.stop and self.model.tokenizer is None:
             raise RequestError("stop", "needs a tokenizer, and this model has none")
         token_ids = await self.encode(field, prompt)
-        return self.engine.submit(token_ids, params, deadline_s or self.settings.deadline_s)
+        return self.engine.submit(Job(token_ids, params, deadline_s or self.settings.deadline_s))
 
 
 async def generate(request: Request) -> Response:

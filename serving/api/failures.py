@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serving.engine.streams import DeadlineError, EngineStoppedError, QueueFullError
+from serving.engine.job import DeadlineError, EngineStoppedError, QueueFullError
 from yunmin.errors import RequestError, TokenizerError, YunminError
 
 

@@ -1,8 +1,8 @@
-"""The serving engine: sequences that advance together, one decode step at a time, over a pool of state slots.
+"""The serving engine: sequences that advance together, one decode step at a time.
 
-It knows token ids and states, not HTTP. One thread owns the runtime and the pool; asyncio code submits and reads.
-Each turn of the thread lets in who waits, reads one chunk of one prompt, and steps everyone who is generating, so a
-long prompt delays the others by one chunk at most.
+It knows token ids and states, not HTTP. One thread owns the runtime, the states and the prefix cache; asyncio code
+submits and reads. Each turn of the thread lets in who waits, reads some of the prompts, and steps everyone who is
+generating, so that a long prompt delays the others by little at a time.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from serving.engine.streams import (
-    ActiveSequence,
-    DeadlineError,
-    EngineStoppedError,
-    QueueFullError,
-    SequenceError,
-    TokenStream,
-)
+from serving.engine.batch import DecodeBatch
+from serving.engine.job import DeadlineError, EngineStoppedError, Job, Load, QueueFullError, SequenceError
+from serving.engine.prefix_cache import PrefixCache
+from serving.engine.reader import Pace, PromptReader
+from serving.engine.sequence import ActiveSequence
+from serving.engine.streams import Outbox, TokenStream
+from serving.engine.waiting import WaitingLine
 from serving.metrics import Metrics
 from yunmin.errors import YunminError
-from yunmin.generate import Generation
+from yunmin.generate import Generation, Piece
 from yunmin.runtime import Runtime
 from yunmin.sampling import SamplingParams
 from yunmin.state import MambaState
@@ -38,32 +36,23 @@ logger = logging.getLogger("yunmin.serving")
 _LONGEST_RETRY_S = 60
 
 
-@dataclass(frozen=True)
-class Load:
-    """How busy an engine is.
-
-    Attributes:
-        running: sequences that hold a slot.
-        waiting: sequences that do not yet.
-    """
-
-    running: int
-    waiting: int
-
-
 class Engine:
     """Generates for many callers at once.
 
-    A sequence's tokens do not depend on its neighbours: prompts are read in chunks of a fixed length, each row of a
-    step is its own sequence, and each samples with its own generator.
+    A sequence's tokens depend neither on its neighbours nor on what the prefix cache holds: each row of a step is its
+    own sequence, and each samples with its own generator. (With the native runtime to the last bit; torch's products
+    depend on their number of rows, by rounding.)
 
     Args:
         runtime: computes; used by the engine's thread only.
         tokenizer: None gives ids without text.
-        slots: sequences that may hold a state at once.
+        slots: sequences that may be read or generate at once.
         queue: sequences that may wait beyond those.
-        prefill_chunk: prompt tokens read per turn.
         metrics: what is counted.
+        prefill_chunk: most prompt tokens read per turn.
+        decode_stall: by how much of itself a decode step may be delayed by prompts that are read beside it.
+        cache_bytes: budget of the prefix cache; 0 keeps nothing.
+        cache_interval: tokens between two of its checkpoints in a long prompt.
     """
 
     def __init__(
@@ -73,31 +62,40 @@ class Engine:
         *,
         slots: int,
         queue: int,
-        prefill_chunk: int,
         metrics: Metrics,
+        prefill_chunk: int = 256,
+        decode_stall: float = 1.0,
+        cache_bytes: int = 0,
+        cache_interval: int = 1024,
     ) -> None:
         self._runtime = runtime
         self._tokenizer = tokenizer
         self._slots = slots
         self._queue = queue
-        self._chunk = prefill_chunk
         self._metrics = metrics
-        self._pool = runtime.new_state(slots)
-        self._changed = threading.Condition()  # re-entrant; guards the four below
-        self._waiting: deque[ActiveSequence] = deque()
-        self._free = list(range(slots))
+        self._changed = threading.Condition()  # re-entrant; guards the five below
+        self._line = WaitingLine()
+        self._free = slots
+        self._draining = False
         self._stopping = False
         self._typical_s = 1.0  # how long a request holds its slot, a moving average
-        self._reading: deque[ActiveSequence] = deque()
-        self._running: list[ActiveSequence] = []
-        # the states of `_batched`, row by row; newer than the pool's, to which they return when membership changes
-        self._batched: list[ActiveSequence] = []
-        self._batch: MambaState | None = None
+        # the rest belongs to the thread
+        self._outbox = Outbox()
+        self._cache = PrefixCache(cache_bytes, cache_interval)
+        self._pace = Pace(prefill_chunk, decode_stall)
+        self._reader = PromptReader(runtime, self._cache, metrics)
+        self._batch = DecodeBatch(runtime, slots)
         self._thread = threading.Thread(target=self._work, name="yunmin-engine", daemon=True)
         metrics.slots.set(slots)
+        metrics.state_bytes.labels("slots").set(self._batch.nbytes)
 
     def start(self) -> None:
         self._thread.start()
+
+    def drain(self) -> None:
+        """Refuses newcomers from here on; who is here may finish."""
+        with self._changed:
+            self._draining = True
 
     def stop(self) -> None:
         """Ends every sequence with an `EngineStoppedError` and waits for the thread."""
@@ -112,34 +110,52 @@ class Engine:
         return self._thread.is_alive() and not self._stopping
 
     @property
+    def accepting(self) -> bool:
+        """Whether a newcomer would be let in, if there is room."""
+        return self.is_alive and not self._draining
+
+    @property
     def load(self) -> Load:
         with self._changed:
-            return Load(self._slots - len(self._free), len(self._waiting))
+            return Load(self._slots - self._free, self._line.count)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, deadline_s: float) -> TokenStream:
+    def submit(self, job: Job) -> TokenStream:
         """Queues a sequence; called on an event loop.
-
-        Args:
-            prompt_ids: at least one, all below the vocabulary's size.
-            params: how to choose and when to stop.
-            deadline_s: seconds from now after which it ends with a `DeadlineError`.
 
         Raises:
             QueueFullError: there is no room.
-            EngineStoppedError: the engine does not run.
+            EngineStoppedError: the engine does not run, or is shutting down.
         """
-        generation = Generation(params, prompt_ids, self._runtime.config, self._tokenizer)
-        stream = TokenStream(generation, len(prompt_ids), self._notify)
+        return self.submit_all(job, [job.params])[0]
+
+    def submit_all(self, job: Job, params: Sequence[SamplingParams]) -> list[TokenStream]:
+        """Queues sequences of one prompt, which is read once.
+
+        Args:
+            job: what they share.
+            params: of each of them, in place of the job's.
+
+        Raises:
+            QueueFullError: there is no room for all of them.
+            EngineStoppedError: the engine does not run, or is shutting down.
+        """
+        sequences = [self._sequence(replace(job, params=own)) for own in params]
         with self._changed:
-            if not self.is_alive:
-                raise EngineStoppedError("the engine does not run")
-            if len(self._waiting) >= self._queue + len(self._free):
+            if not self.accepting:
+                raise EngineStoppedError("the engine is shutting down" if self._draining else "the engine does not run")
+            if self._line.count + len(sequences) > self._queue + self._free:
                 self._metrics.requests.labels("refused").inc()
-                turns = (len(self._waiting) + 1) / self._slots
+                turns = (self._line.count + len(sequences)) / self._slots
                 raise QueueFullError(min(_LONGEST_RETRY_S, max(1, math.ceil(self._typical_s * turns))))
-            self._waiting.append(ActiveSequence(stream, prompt_ids, stream.timings.submitted + deadline_s))
+            sequences[0].siblings = sequences[1:]
+            self._line.add(sequences[0])
             self._changed.notify()
-        return stream
+        return [sequence.stream for sequence in sequences]
+
+    def _sequence(self, job: Job) -> ActiveSequence:
+        sampler_state = None if job.start is None or job.params.seed is not None else job.start.sampler_state
+        generation = Generation(job.params, job.prompt_ids, self._runtime.config, self._tokenizer, sampler_state)
+        return ActiveSequence(job, TokenStream(generation, len(job.prompt_ids), self._notify))
 
     def _notify(self) -> None:
         with self._changed:
@@ -151,8 +167,10 @@ class Engine:
             while self._wait_for_work():
                 self._drop_departed()
                 self._admit()
-                self._read_chunk()
+                self._read()
+                self._outbox.flush()
                 self._step()
+                self._outbox.flush()
                 self._report()
         except Exception:
             reason = "the engine has failed"
@@ -160,17 +178,18 @@ class Engine:
         finally:
             with self._changed:
                 self._stopping = True
-                remaining = [*self._running, *self._reading, *self._waiting]
-                self._waiting.clear()
-            for sequence in remaining:
-                self._end(sequence, "error", EngineStoppedError(reason))
-            self._running, self._reading = [], deque()
+            self._each_stays(lambda sequence: self._dismiss(sequence, EngineStoppedError(reason)))
+            self._outbox.flush()
             self._report()
+
+    def _dismiss(self, sequence: ActiveSequence, error: EngineStoppedError) -> bool:
+        self._end(sequence, "error", error)
+        return False
 
     def _wait_for_work(self) -> bool:
         """Sleeps while there is nothing to do; false when it is time to stop."""
         with self._changed:
-            while not (self._stopping or self._waiting or self._reading or self._running):
+            while not (self._stopping or self._line.count or len(self._reader) or self._batch.sequences):
                 self._changed.wait()
             return not self._stopping
 
@@ -182,79 +201,118 @@ class Engine:
             if sequence.stream.cancelled:
                 self._end(sequence, "cancelled")
             elif now >= sequence.deadline:
-                seconds = sequence.deadline - sequence.stream.timings.submitted
-                self._end(sequence, "deadline", DeadlineError(f"not finished within {seconds:g} s"))
+                self._end(sequence, "deadline", DeadlineError(f"not finished within {sequence.job.deadline_s:g} s"))
             else:
                 return True
             return False
 
+        self._each_stays(stays)
+
+    def _each_stays(self, stays: Callable[[ActiveSequence], bool]) -> None:
+        """Asks everyone, and lets go of who does not stay."""
         with self._changed:
-            self._waiting = deque(s for s in self._waiting if stays(s))
-        self._reading = deque(s for s in self._reading if stays(s))
-        self._running = [s for s in self._running if stays(s)]
+            self._line.keep(stays)
+        for sequence in self._reader.sequences():
+            if not stays(sequence):
+                self._leave_reader(sequence)
+        for sequence in list(self._batch.sequences):
+            if not stays(sequence):
+                self._batch.remove(sequence)
+
+    def _leave_reader(self, sequence: ActiveSequence) -> None:
+        """Stops reading its prompt; a sibling takes over."""
+        self._reader.remove(sequence)
+        with self._changed:
+            self._line.hand_over(sequence)
 
     def _admit(self) -> None:
+        admitted = []
         with self._changed:
-            while self._free and self._waiting:
-                sequence = self._waiting.popleft()
-                sequence.slot = self._free.pop()
+            while self._free and (sequence := self._line.pop()) is not None:
+                self._free -= 1
+                sequence.admitted = True
                 sequence.stream.timings.admitted = time.monotonic()
-                self._reading.append(sequence)
+                admitted.append(sequence)
+        for sequence in admitted:
+            self._reader.add(sequence)
 
-    def _read_chunk(self) -> None:
-        """Reads one chunk of one prompt; prompts take turns, so that a short one need not wait for a long one."""
-        if not self._reading:
+    def _read(self) -> None:
+        """Reads prompts, as much as one turn may."""
+        budget = self._pace.budget(beside_steps=bool(self._batch.sequences))
+        while budget > 0 and len(self._reader):
+            sequence = self._reader.first()
+            begin = time.monotonic()
+            try:
+                tokens = self._reader.read(sequence, budget)
+            except Exception as error:  # noqa: BLE001 (whatever a runtime raises ends this sequence, not the engine)
+                self._fail([sequence], error)
+                self._leave_reader(sequence)
+                continue
+            self._pace.saw_reading(tokens, time.monotonic() - begin)
+            self._metrics.prompt_tokens.inc(tokens)
+            budget -= tokens
+            if not sequence.left_to_read:
+                self._reader.remove(sequence)
+                self._begin(sequence)
+
+    def _begin(self, sequence: ActiveSequence) -> None:
+        """Its prompt is read: it joins the batch with its first token, and its siblings are due."""
+        state, logits = sequence.state, sequence.logits
+        assert state is not None
+        assert logits is not None
+        with self._changed:
+            self._line.go_on(sequence, state)
+        sequence.state = sequence.logits = None
+        if not sequence.job.params.max_tokens:
+            self._conclude(sequence, Piece(None, "", "length"), logits, state)
             return
-        sequence = self._reading.popleft()
-        chunk = sequence.prompt_ids[sequence.read : sequence.read + self._chunk]
         try:
-            logits, sequence.state = self._runtime.prefill(chunk, sequence.state)
-            sequence.read += len(chunk)
-            if sequence.read < len(sequence.prompt_ids):
-                self._reading.append(sequence)
-                return
-            self._runtime.scatter(self._pool, [sequence.slot], sequence.state)
-        except Exception as error:  # noqa: BLE001 (whatever a runtime raises ends this sequence, not the engine)
+            self._batch.add(sequence, state)
+        except Exception as error:  # noqa: BLE001 (as above)
             self._fail([sequence], error)
             return
-        sequence.state = None
-        self._metrics.prompt_tokens.inc(sequence.read)
-        if self._advance(sequence, logits):
-            self._running.append(sequence)
+        self._advance(sequence, logits)
 
     def _step(self) -> None:
         """Feeds every generating sequence its last token and samples its next."""
-        if not self._running:
+        sequences = list(self._batch.sequences)
+        if not sequences:
             return
+        begin = time.monotonic()
         try:
-            batch = self._current_batch()
-            logits, self._batch = self._runtime.step([s.next_id for s in self._running], batch)  # (B, V)
-            logits = logits.float().cpu()  # one copy for all rows
+            logits = self._batch.step()  # (B, V)
         except Exception as error:  # noqa: BLE001 (as above; the states of all its rows are lost)
-            failed, self._running, self._batched, self._batch = self._running, [], [], None
-            self._fail(failed, error)
+            self._batch.sequences.clear()
+            self._fail(sequences, error)
             return
-        self._running = [s for s, row in zip(self._running, logits, strict=True) if self._advance(s, row)]
+        self._pace.saw_step(time.monotonic() - begin)
+        for sequence, row in zip(sequences, logits, strict=True):
+            self._advance(sequence, row)
 
-    def _current_batch(self) -> MambaState:
-        """The states of the running sequences, moved through the pool only when membership has changed."""
-        if self._batch is None or self._batched != self._running:
-            running = set(self._running)
-            kept = [(row, s.slot) for row, s in enumerate(self._batched) if s in running]
-            if kept and self._batch is not None:
-                rows, slots = zip(*kept, strict=True)
-                self._runtime.scatter(self._pool, slots, self._runtime.gather(self._batch, rows))
-            self._batch = self._runtime.gather(self._pool, [s.slot for s in self._running])
-            self._batched = list(self._running)
-        return self._batch
-
-    def _advance(self, sequence: ActiveSequence, logits: Tensor) -> bool:
-        """Samples one token and sends its piece; true while the sequence goes on."""
+    def _advance(self, sequence: ActiveSequence, logits: Tensor) -> None:
+        """Samples one token of a sequence in the batch from logits (V,), and sends its piece."""
         try:
-            piece = sequence.advance(logits)
+            if sequence.closing is not None:
+                self._conclude(sequence, sequence.closing, logits, self._batch.state_of(sequence))
+                self._batch.remove(sequence)
+                return
+            piece = sequence.stream.generation.advance(logits)
         except Exception as error:  # noqa: BLE001 (as above)
+            self._batch.remove(sequence)
             self._fail([sequence], error)
-            return False
+            return
+        self._note_token(sequence, piece)
+        if piece.token_id is not None:
+            sequence.next_id = piece.token_id
+        if piece.finish_reason is None:
+            self._outbox.put(sequence.stream, piece)
+        elif sequence.job.keep and piece.token_id is not None:
+            sequence.closing = piece  # its last token is fed with the next step
+        else:
+            self._conclude(sequence, piece, logits, self._batch.state_of(sequence))
+            self._batch.remove(sequence)
+
+    def _note_token(self, sequence: ActiveSequence, piece: Piece) -> None:
         now, timings = time.monotonic(), sequence.stream.timings
         if timings.first_token:
             self._metrics.token_gap_s.observe(now - sequence.last_token)
@@ -264,12 +322,27 @@ class Engine:
         sequence.last_token = now
         if piece.token_id is not None:
             self._metrics.generated_tokens.inc()
-        if piece.finish_reason is None:
-            sequence.stream.put(piece)
-            return True
-        self._end(sequence, piece.finish_reason)
-        sequence.stream.put(piece)
-        return False
+
+    def _conclude(self, sequence: ActiveSequence, piece: Piece, logits: Tensor, state: MambaState) -> None:
+        """Keeps what is to be kept of a finished sequence, and sends its last piece.
+
+        Args:
+            sequence: finished.
+            piece: the last one.
+            logits: (V,), after the last token that `state` has read.
+            state: of batch size 1, its own memory.
+        """
+        job, stream = sequence.job, sequence.stream
+        if job.keep:
+            stream.snapshot = sequence.snapshot(state, logits)
+        ids = sequence.token_ids
+        unread = piece.token_id is not None and sequence.closing is None
+        read = len(ids) - 1 if unread else len(ids)
+        if job.use_cache and job.start is None and read > len(job.prompt_ids):
+            # the next turn of a conversation begins with this one
+            self._cache.put(ids[:read], state, logits.clone())
+        self._end(sequence, piece.finish_reason or "stop")
+        self._outbox.put(stream, piece)
 
     def _fail(self, sequences: Sequence[ActiveSequence], error: Exception) -> None:
         logger.error("%d sequence(s) failed: %s", len(sequences), error, exc_info=error)
@@ -282,14 +355,17 @@ class Engine:
         timings = sequence.stream.timings
         timings.finished = time.monotonic()
         with self._changed:
-            if sequence.slot >= 0:
-                self._free.append(sequence.slot)
+            if sequence.admitted:
+                self._free += 1
                 self._typical_s += 0.2 * (timings.finished - timings.admitted - self._typical_s)
         self._metrics.requests.labels(outcome).inc()
+        self._metrics.request_s.observe(timings.finished - timings.submitted)
         if error is not None:
-            sequence.stream.put(error)
+            self._outbox.put(sequence.stream, error)
 
     def _report(self) -> None:
         load = self.load
         self._metrics.running.set(load.running)
         self._metrics.waiting.set(load.waiting)
+        self._metrics.cache_checkpoints.set(self._cache.checkpoints)
+        self._metrics.state_bytes.labels("prefix_cache").set(self._cache.nbytes)

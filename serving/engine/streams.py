@@ -1,43 +1,23 @@
-"""The two ends of one sequence: what the engine's thread works on, and what an asyncio caller reads."""
+"""What a caller holds of one sequence: an asyncio iterator over its pieces, filled from the engine's thread."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import TracebackType
 from typing import Self
 
-from torch import Tensor
-
 from yunmin.errors import YunminError
 from yunmin.generate import Generation, Piece
-from yunmin.state import MambaState
+from yunmin.state import Snapshot
 
-
-class QueueFullError(YunminError):
-    """No slot is free and the queue is full.
-
-    Attributes:
-        retry_after_s: when a place may be free, as a whole number of seconds.
-    """
-
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__(f"every slot is busy and the queue is full, try again in {retry_after_s} s")
-        self.retry_after_s = retry_after_s
-
-
-class DeadlineError(YunminError):
-    """A request took longer than it may."""
-
-
-class SequenceError(YunminError):
-    """The model failed on this sequence."""
-
-
-class EngineStoppedError(YunminError):
-    """The engine is shutting down, or its thread has died."""
+# (log-probability, the most probable alternatives with theirs) of one token
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+Event = Piece | YunminError
 
 
 @dataclass
@@ -55,10 +35,11 @@ class Timings:
 
     def to_dict(self, generated_tokens: int) -> dict[str, float]:
         """Durations in milliseconds, and the rate of the decode phase, for a finished sequence."""
-        decode_s = self.finished - self.first_token
+        first = self.first_token or self.finished  # a prompt that is only read has no first token
+        decode_s = self.finished - first
         values = {
             "queue_ms": 1e3 * (self.admitted - self.submitted),
-            "time_to_first_token_ms": 1e3 * (self.first_token - self.submitted),
+            "time_to_first_token_ms": 1e3 * (first - self.submitted),
             "decode_ms": 1e3 * decode_s,
             "total_ms": 1e3 * (self.finished - self.submitted),
         }
@@ -72,18 +53,25 @@ class TokenStream:
 
     Attributes:
         generation: what has been sampled so far; read it only after the last piece.
-        prompt_tokens: ids in the prompt.
+        prompt_tokens: ids in the prompt, those of a start included.
+        cached_tokens: how many of them were not read again; known with the first piece.
+        prompt_logprobs: of each token of the prompt, None for the first; where they were asked for.
+        snapshot: the sequence after its last token, where it was to be kept; there before the last piece.
         timings: when it arrived, was admitted, gave its first token and ended.
     """
 
     def __init__(self, generation: Generation, prompt_tokens: int, on_cancel: Callable[[], None]) -> None:
         self.generation = generation
         self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.snapshot: Snapshot | None = None
         self.timings = Timings()
         self.cancelled = False  # read by the engine's thread
         self._on_cancel = on_cancel
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Piece | YunminError] = asyncio.Queue()
+        self._events: deque[Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self._ended = False
 
     def __aiter__(self) -> Self:
@@ -97,12 +85,27 @@ class TokenStream:
         """
         if self._ended:
             raise StopAsyncIteration
-        event = await self._events.get()
+        while not self._events:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        event = self._events.popleft()
         if isinstance(event, YunminError):
             self._ended = True
             raise event
         self._ended = event.finish_reason is not None
         return event
+
+    def ready(self) -> list[Piece]:
+        """Takes the further pieces that are there already, without waiting; an error stays for the next `anext`."""
+        pieces: list[Piece] = []
+        while self._events and not self._ended and isinstance(event := self._events[0], Piece):
+            self._events.popleft()
+            self._ended = event.finish_reason is not None
+            pieces.append(event)
+        return pieces
 
     def __enter__(self) -> Self:
         return self
@@ -118,43 +121,35 @@ class TokenStream:
             self._ended = self.cancelled = True
             self._on_cancel()
 
-    def put(self, event: Piece | YunminError) -> None:
-        """Called from the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:
-            if not self._loop.is_closed():
-                raise
-            self.cancelled = True  # whoever waited is gone with its loop
+    def _take(self, event: Event) -> None:
+        """Called on the event loop."""
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
-@dataclass(eq=False)
-class ActiveSequence:
-    """A sequence as the engine's thread sees it.
+class Outbox:
+    """Collects events in the engine's thread and hands them over together: one wake-up of the event loop per turn."""
 
-    Attributes:
-        stream: where its pieces go.
-        prompt_ids: what is to be read.
-        deadline: on `time.monotonic`'s clock.
-        slot: in the pool, -1 before admission.
-        read: prompt tokens read so far.
-        state: of batch size 1, between two chunks of the prompt.
-        next_id: token that the next step feeds.
-        last_token: when the last token came, on `time.monotonic`'s clock.
-    """
+    def __init__(self) -> None:
+        self._events: list[tuple[TokenStream, Event]] = []
 
-    stream: TokenStream
-    prompt_ids: Sequence[int]
-    deadline: float
-    slot: int = -1
-    read: int = 0
-    state: MambaState | None = None
-    next_id: int = -1
-    last_token: float = 0.0
+    def put(self, stream: TokenStream, event: Event) -> None:
+        self._events.append((stream, event))
 
-    def advance(self, logits: Tensor) -> Piece:
-        """Samples the next token from logits (V,)."""
-        piece = self.stream.generation.advance(logits)
-        if piece.token_id is not None:
-            self.next_id = piece.token_id
-        return piece
+    def flush(self) -> None:
+        events, self._events = self._events, []
+        for loop, group in groupby(events, lambda pair: pair[0]._loop):  # nearly always one
+            pairs = list(group)
+            try:
+                loop.call_soon_threadsafe(_deliver, pairs)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+                for stream, _ in pairs:
+                    stream.cancelled = True  # whoever waited is gone with its loop
+
+
+def _deliver(events: Iterable[tuple[TokenStream, Event]]) -> None:
+    for stream, event in events:
+        stream._take(event)

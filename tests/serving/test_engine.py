@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from serving.engine.engine import Engine, Load
-from serving.engine.streams import DeadlineError, EngineStoppedError, QueueFullError, SequenceError, TokenStream
+from serving.engine.engine import Engine
+from serving.engine.job import DeadlineError, EngineStoppedError, Job, Load, QueueFullError, SequenceError
+from serving.engine.streams import TokenStream
 from serving.metrics import Metrics
 from yunmin.config import MambaConfig
 from yunmin.language_model import LanguageModel
@@ -60,6 +61,9 @@ class WatchedRuntime:
         if token_ids[0] == POISON:
             raise RuntimeError("a poisoned prompt")
         return self.inner.prefill(token_ids, state)
+
+    def score(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        return self.inner.score(token_ids, state)
 
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
         self.calls.append("step")
@@ -138,7 +142,7 @@ def sampling(params: dict[str, Any]) -> SamplingParams:
 def test_output_equals_generating_alone_whoever_the_neighbours_are(model: LanguageModel, slots: int) -> None:
     async def main() -> None:
         async with engine_on(model, slots=slots) as engine:
-            streams = [engine.submit(model.encode(p), sampling(params), 60) for p, params in REQUESTS * 2]
+            streams = [engine.submit(Job(model.encode(p), sampling(params), 60)) for p, params in REQUESTS * 2]
             results = await asyncio.gather(*map(read, streams))
         assert results == [alone(model, p, params) for p, params in REQUESTS * 2]
 
@@ -158,7 +162,7 @@ def test_random_arrivals_and_departures_change_no_result_and_leak_no_slot(
     async def visit(engine: Engine, which: int, delay_s: float, leave_after: int | None) -> None:
         prompt, params = REQUESTS[which]
         await asyncio.sleep(delay_s)
-        with engine.submit(model.encode(prompt), sampling(params), 60) as stream:
+        with engine.submit(Job(model.encode(prompt), sampling(params), 60)) as stream:
             if leave_after is None:
                 assert await read(stream) == alone(model, prompt, params)
                 return
@@ -177,9 +181,9 @@ def test_random_arrivals_and_departures_change_no_result_and_leak_no_slot(
 def test_cancelling_frees_the_slot_for_who_waits(model: LanguageModel) -> None:
     async def main() -> None:
         async with engine_on(model, slots=1) as engine:
-            with engine.submit([1, 2], FOREVER, 60) as endless:
+            with engine.submit(Job([1, 2], FOREVER, 60)) as endless:
                 await anext(endless)
-                waiting = engine.submit([3], SamplingParams(max_tokens=2, temperature=0), 60)
+                waiting = engine.submit(Job([3], SamplingParams(max_tokens=2, temperature=0), 60))
                 assert engine.load == Load(1, 1)
             assert len((await read(waiting))[1]) == 2
             await idle(engine)
@@ -191,8 +195,8 @@ def test_cancelling_frees_the_slot_for_who_waits(model: LanguageModel) -> None:
 def test_cancelling_a_waiting_or_reading_sequence_removes_it(model: LanguageModel) -> None:
     async def main() -> None:
         async with engine_on(model, slots=1, chunk=1) as engine:
-            reading = engine.submit([1] * 5000, FOREVER, 60)
-            waiting = engine.submit([3], FOREVER, 60)
+            reading = engine.submit(Job([1] * 5000, FOREVER, 60))
+            waiting = engine.submit(Job([3], FOREVER, 60))
             while engine.load != Load(1, 1):
                 await asyncio.sleep(0.001)
             waiting.cancel()
@@ -205,16 +209,16 @@ def test_cancelling_a_waiting_or_reading_sequence_removes_it(model: LanguageMode
 def test_a_full_queue_refuses_with_a_time_to_come_back(model: LanguageModel) -> None:
     async def main() -> None:
         async with engine_on(model, slots=1, queue=1) as engine:
-            streams = [engine.submit([1], FOREVER, 60)]
+            streams = [engine.submit(Job([1], FOREVER, 60))]
             await anext(streams[0])
-            streams.append(engine.submit([2], FOREVER, 60))
+            streams.append(engine.submit(Job([2], FOREVER, 60)))
             with pytest.raises(QueueFullError) as refused:
-                engine.submit([3], FOREVER, 60)
+                engine.submit(Job([3], FOREVER, 60))
             assert refused.value.retry_after_s >= 1
             for stream in streams:
                 stream.cancel()
             await idle(engine)
-            assert len((await read(engine.submit([3], SamplingParams(max_tokens=3, temperature=0), 60)))[1]) == 3
+            assert len((await read(engine.submit(Job([3], SamplingParams(max_tokens=3, temperature=0), 60))))[1]) == 3
 
     run(main())
 
@@ -222,9 +226,9 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(model: LanguageModel) -> 
 def test_a_burst_fits_in_slots_and_queue_together(model: LanguageModel) -> None:
     async def main() -> None:
         async with engine_on(model, slots=2, queue=0) as engine:
-            first, second = (engine.submit([n], FOREVER, 60) for n in (1, 2))
+            first, second = (engine.submit(Job([n], FOREVER, 60)) for n in (1, 2))
             with pytest.raises(QueueFullError):
-                engine.submit([3], FOREVER, 60)
+                engine.submit(Job([3], FOREVER, 60))
             await anext(first)
             await anext(second)
 
@@ -234,8 +238,8 @@ def test_a_burst_fits_in_slots_and_queue_together(model: LanguageModel) -> None:
 def test_deadlines_end_running_and_waiting_sequences(model: LanguageModel) -> None:
     async def main() -> None:
         async with engine_on(model, slots=1) as engine:
-            running = engine.submit([1], FOREVER, 0.3)
-            waiting = engine.submit([1], FOREVER, 0.1)
+            running = engine.submit(Job([1], FOREVER, 0.3))
+            waiting = engine.submit(Job([1], FOREVER, 0.1))
             with pytest.raises(DeadlineError, match=r"0\.1 s"):
                 await read(waiting)
             with pytest.raises(DeadlineError, match=r"0\.3 s"):
@@ -248,8 +252,8 @@ def test_deadlines_end_running_and_waiting_sequences(model: LanguageModel) -> No
 def test_a_failing_prompt_fails_alone(model: LanguageModel) -> None:
     async def main() -> None:
         async with engine_on(model) as engine:
-            neighbour = engine.submit(model.encode(REQUESTS[0][0]), sampling(REQUESTS[0][1]), 60)
-            poisoned = engine.submit([POISON], FOREVER, 60)
+            neighbour = engine.submit(Job(model.encode(REQUESTS[0][0]), sampling(REQUESTS[0][1]), 60))
+            poisoned = engine.submit(Job([POISON], FOREVER, 60))
             with pytest.raises(SequenceError) as failed:
                 await read(poisoned)
             assert "poisoned" not in str(failed.value)  # an internal error's text is for the log
@@ -268,10 +272,10 @@ def test_a_failing_step_fails_its_batch_and_spares_who_waits(model: LanguageMode
 
     async def main() -> None:
         async with engine_on(model, runtime=runtime, slots=2) as engine:
-            batch = [engine.submit([n], FOREVER, 60) for n in (1, 2)]
+            batch = [engine.submit(Job([n], FOREVER, 60)) for n in (1, 2)]
             for stream in batch:
                 await anext(stream)
-            waiting = engine.submit(model.encode(REQUESTS[2][0]), sampling(REQUESTS[2][1]), 60)
+            waiting = engine.submit(Job(model.encode(REQUESTS[2][0]), sampling(REQUESTS[2][1]), 60))
             runtime.before_step = fail_once
             for stream in batch:
                 with pytest.raises(SequenceError):
@@ -293,8 +297,8 @@ def test_logits_that_are_not_finite_fail_only_their_row(model: LanguageModel) ->
 
     async def main() -> None:
         async with engine_on(model, runtime=runtime) as engine:
-            healthy = engine.submit(model.encode(REQUESTS[6][0]), sampling(REQUESTS[6][1]), 60)
-            spoiled = engine.submit([2], FOREVER, 60)
+            healthy = engine.submit(Job(model.encode(REQUESTS[6][0]), sampling(REQUESTS[6][1]), 60))
+            spoiled = engine.submit(Job([2] * 30, FOREVER, 60))  # longer, so read last: the second row
             runtime.after_step = spoil
             with pytest.raises(SequenceError, match="not finite"):
                 await read(spoiled)
@@ -306,14 +310,14 @@ def test_logits_that_are_not_finite_fail_only_their_row(model: LanguageModel) ->
 def test_stopping_ends_everyone_and_refuses_newcomers(model: LanguageModel) -> None:
     async def main() -> None:
         async with engine_on(model, slots=1) as engine:
-            running, waiting = (engine.submit([1], FOREVER, 60) for _ in range(2))
+            running, waiting = (engine.submit(Job([1], FOREVER, 60)) for _ in range(2))
             await anext(running)
             await asyncio.to_thread(engine.stop)
             for stream in (running, waiting):
                 with pytest.raises(EngineStoppedError):
                     await read(stream)
             with pytest.raises(EngineStoppedError):
-                engine.submit([1], FOREVER, 60)
+                engine.submit(Job([1], FOREVER, 60))
             assert not engine.is_alive
 
     run(main())
@@ -322,7 +326,7 @@ def test_stopping_ends_everyone_and_refuses_newcomers(model: LanguageModel) -> N
 def test_an_engine_whose_thread_dies_says_so(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with engine_on(model) as engine:
-            stream = engine.submit([1], FOREVER, 60)
+            stream = engine.submit(Job([1], FOREVER, 60))
             await anext(stream)
 
             def broken() -> None:
@@ -341,10 +345,10 @@ def test_decode_steps_go_on_while_a_long_prompt_is_read(model: LanguageModel) ->
 
     async def main() -> None:
         async with engine_on(model, runtime=runtime, chunk=4) as engine:
-            endless = engine.submit([1], FOREVER, 60)
+            endless = engine.submit(Job([1], FOREVER, 60))
             await anext(endless)
             runtime.calls.clear()
-            await anext(engine.submit([2] * 40, FOREVER, 60))
+            await anext(engine.submit(Job([2] * 40, FOREVER, 60)))
         turns = [call for call in runtime.calls if call != "gather"]
         prefills = [n for n, call in enumerate(turns) if call == "prefill"]
         assert len(prefills) == 10
@@ -358,7 +362,7 @@ def test_states_move_only_when_membership_changes(model: LanguageModel) -> None:
 
     async def main() -> None:
         async with engine_on(model, runtime=runtime) as engine:
-            await read(engine.submit([1], SamplingParams(max_tokens=30, temperature=0), 60))
+            await read(engine.submit(Job([1], SamplingParams(max_tokens=30, temperature=0), 60)))
         assert runtime.calls.count("step") == 29
         assert runtime.calls.count("gather") == 1
 
@@ -375,7 +379,7 @@ def test_the_event_loop_is_never_held_up_by_the_model(model: LanguageModel) -> N
 
     async def main() -> None:
         async with engine_on(model, runtime=runtime) as engine:
-            stream = engine.submit([1], SamplingParams(max_tokens=3, temperature=0), 60)
+            stream = engine.submit(Job([1], SamplingParams(max_tokens=3, temperature=0), 60))
             await anext(stream)
             await asyncio.sleep(0.05)  # would never return if the step ran on the loop
             held.set()

@@ -39,6 +39,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def score(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """As `prefill`, with the logits after every token: (L, V)."""
+        ...
+
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, MambaState]:
         """One token for each of B sequences -> logits (B, V) and the next state.
 

@@ -43,7 +43,13 @@ class TorchRuntime:
     @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.model.device)  # (1, L)
-        logits, state = self.model.prefill(ids, state)
+        logits, state = self.model.prefill(ids, self._here(state))
+        return logits[0], state
+
+    @torch.inference_mode()
+    def score(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        ids = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.model.device)  # (1, L)
+        logits, state = self.model.score(ids, self._here(state))
         return logits[0], state
 
     @torch.inference_mode()
@@ -61,4 +67,7 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def scatter(self, pool: MambaState, slots: Sequence[int], state: MambaState) -> None:
-        pool.scatter_(slots, state)
+        pool.scatter_(slots, state.to(self.model.device))
+
+    def _here(self, state: MambaState | None) -> MambaState | None:
+        return None if state is None else state.to(self.model.device)

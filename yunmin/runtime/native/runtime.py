@@ -87,6 +87,16 @@ class NativeRuntime:
             self._run(ids[:, begin : begin + _CHUNK_ROWS], own, logits)
         return logits[0, : self.config.vocab_size], own
 
+    def score(self, token_ids: Sequence[int], state: MambaState | None = None) -> tuple[Tensor, NativeState]:
+        if len(token_ids) == 0:
+            raise ShapeError("score: expected at least one token")
+        own = self.new_state(1) if state is None else NativeState.copied(self._weights.states, state)
+        ids = np.asarray([token_ids], np.int64)  # (1, L)
+        logits = _floats(ids.shape[1], self._weights.logits_width)
+        for begin in range(0, ids.shape[1], _CHUNK_ROWS):
+            self._run(ids[:, begin : begin + _CHUNK_ROWS], own, logits[begin:], all_positions=True)
+        return logits[:, : self.config.vocab_size], own
+
     def step(self, token_ids: Sequence[int], state: MambaState) -> tuple[Tensor, NativeState]:
         """As in `Runtime`; a native state is updated in place."""
         require_fit(self._weights.states, state)

@@ -82,6 +82,9 @@ class NativeState(MambaState):
     def gather(self, rows: Sequence[int]) -> NativeState:
         return self._over(self.memory.index_select(0, torch.tensor(list(rows), dtype=torch.int64)))
 
+    def first_rows(self, count: int) -> NativeState:
+        return self._over(self.memory[:count])
+
     def scatter_(self, rows: Sequence[int], source: MambaState) -> None:
         require_fit(self.layout, source)
         if isinstance(source, NativeState):
