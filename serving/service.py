@@ -14,12 +14,10 @@ from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 
 from serving.api.app import Backend, create_app
-from serving.engine.engine import Engine
-from serving.metrics import Metrics
+from serving.launch import load_served, start_engine
 from serving.settings import read_settings, require_artifact
 from yunmin.errors import YunminError
-from yunmin.language_model import LanguageModel, load
-from yunmin.threads import set_threads
+from yunmin.language_model import LanguageModel
 
 _MARGIN_S = 30.0
 _app = create_app()
@@ -39,10 +37,7 @@ def served_model() -> LanguageModel:
     Raises:
         YunminError: it is missing or damaged.
     """
-    settings = read_settings()
-    if settings.threads:
-        set_threads(settings.threads)
-    return load(require_artifact(settings), device=settings.device, runtime=settings.runtime)
+    return load_served(read_settings())
 
 
 # BentoML bounds the time to the first byte, and keeps a timer for each request that long; the engine's own deadline
@@ -60,18 +55,7 @@ class MambaService:
     def __init__(self) -> None:
         settings = read_settings()
         model = served_model()
-        self.engine = Engine(
-            model.runtime,
-            model.tokenizer,
-            slots=settings.slots,
-            queue=settings.queue,
-            metrics=Metrics(REGISTRY),
-            prefill_chunk=settings.prefill_chunk,
-            decode_stall=settings.decode_stall,
-            cache_bytes=settings.cache_bytes,
-            cache_interval=settings.cache_interval,
-        )
-        self.engine.start()
+        self.engine = start_engine(model, settings, REGISTRY)
         _app.state.backend = Backend(model, self.engine, settings)
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]  # BentoML is not followed by mypy

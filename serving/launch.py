@@ -1,0 +1,45 @@
+"""From settings to a running engine: for the service, for `yunmin batch`, and for whoever measures the engine alone."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+
+from serving.engine.engine import Engine
+from serving.metrics import Metrics
+from serving.settings import Settings, require_artifact
+from yunmin.language_model import LanguageModel, load
+from yunmin.threads import set_threads
+
+
+def load_served(settings: Settings) -> LanguageModel:
+    """Sets the number of threads and loads what is to be served.
+
+    Raises:
+        YunminError: it is missing or damaged.
+    """
+    if settings.threads:
+        set_threads(settings.threads)
+    return load(require_artifact(settings), device=settings.device, runtime=settings.runtime)
+
+
+def start_engine(model: LanguageModel, settings: Settings, registry: CollectorRegistry) -> Engine:
+    """An engine that runs as the settings say.
+
+    Args:
+        model: to generate with.
+        settings: slots, queue, chunks, cache.
+        registry: for its metrics.
+    """
+    engine = Engine(
+        model.runtime,
+        model.tokenizer,
+        slots=settings.slots,
+        queue=settings.queue,
+        metrics=Metrics(registry),
+        prefill_chunk=settings.prefill_chunk,
+        decode_stall=settings.decode_stall,
+        cache_bytes=settings.cache_bytes,
+        cache_interval=settings.cache_interval,
+    )
+    engine.start()
+    return engine
