@@ -24,7 +24,8 @@ from yunmin.quantization.reference import network_of
 from yunmin.runtime import Runtime
 from yunmin.runtime.torch_runtime import TorchRuntime
 from yunmin.sampling import sampling_params_from
-from yunmin.state import MambaState, Snapshot, load_snapshot, save_snapshot
+from yunmin.snapshots import load_snapshot, save_snapshot
+from yunmin.state import MambaState, Snapshot
 from yunmin.tokenizer import Tokenizer
 from yunmin.trained import load_trained
 

@@ -5,19 +5,13 @@ A `MambaState` is what the network carries; a `Snapshot` is what is needed to go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from yunmin.config import MambaConfig
-from yunmin.errors import StateError
-from yunmin.files import write_safetensors
-
-_FORMAT = "yunmin-state-1"
 
 
 @dataclass(frozen=True)
@@ -100,76 +94,3 @@ class Snapshot:
     logits: Tensor
     token_ids: tuple[int, ...]
     sampler_state: Tensor | None = None
-
-
-def save_snapshot(path: str | Path, snapshot: Snapshot, fingerprint: str) -> None:
-    """Writes a snapshot as one safetensors file, whole or not at all.
-
-    Args:
-        path: the file to write.
-        snapshot: of one sequence.
-        fingerprint: of the model it belongs to.
-    """
-    if snapshot.state.batch_size != 1:
-        raise StateError(f"{path}: a snapshot holds one sequence, got {snapshot.state.batch_size}")
-    tensors = {
-        "logits": snapshot.logits,
-        "token_ids": torch.tensor(snapshot.token_ids, dtype=torch.int64),
-        **{f"conv.{layer}": t for layer, t in enumerate(snapshot.state.conv)},
-        **{f"ssm.{layer}": t for layer, t in enumerate(snapshot.state.ssm)},
-    }
-    if snapshot.sampler_state is not None:
-        tensors["sampler_state"] = snapshot.sampler_state
-    metadata = {"format": _FORMAT, "fingerprint": fingerprint, "tokens": str(len(snapshot.token_ids))}
-    write_safetensors(path, tensors, metadata)
-
-
-def load_snapshot(path: str | Path, config: MambaConfig, fingerprint: str) -> Snapshot:
-    """Reads a snapshot for the model it was made with.
-
-    Raises:
-        StateError: the file is missing or damaged, or belongs to another model.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError:
-        raise StateError(f"{path}: expected a saved state, found no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StateError(f"{path}: expected a saved state, the file is damaged ({error})") from None
-    if metadata.get("format") != _FORMAT:
-        raise StateError(f"{path}: expected format {_FORMAT!r}, found {metadata.get('format')!r}")
-    if metadata.get("fingerprint") != fingerprint:
-        found = str(metadata.get("fingerprint"))[:12]
-        raise StateError(f"{path}: belongs to another model: expected {fingerprint[:12]}, found {found}")
-    _check_snapshot(path, config, tensors)
-    layers = range(config.n_layers)
-    return Snapshot(
-        MambaState(tuple(tensors[f"conv.{i}"] for i in layers), tuple(tensors[f"ssm.{i}"] for i in layers)),
-        tensors["logits"],
-        tuple(tensors["token_ids"].tolist()),
-        tensors.get("sampler_state"),
-    )
-
-
-def _check_snapshot(path: str | Path, config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:
-    empty = MambaState.zeros(config, 1, device="meta")
-    expected = {f"conv.{i}": t.shape for i, t in enumerate(empty.conv)}
-    expected |= {f"ssm.{i}": t.shape for i, t in enumerate(empty.ssm)}
-    expected["logits"] = torch.Size([config.vocab_size])
-    for name, shape in expected.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
-            found = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise StateError(f"{path}: tensor {name!r}: expected floats of shape {tuple(shape)}, found {found}")
-    token_ids = tensors.get("token_ids")
-    if token_ids is None or token_ids.dtype != torch.int64 or token_ids.dim() != 1:
-        raise StateError(f"{path}: tensor 'token_ids': expected int64 ids")
-    if any(not 0 <= token_id < config.n_tokens for token_id in token_ids.tolist()):
-        raise StateError(f"{path}: tensor 'token_ids': ids must lie in 0..{config.n_tokens - 1}")
-    if "sampler_state" in tensors:
-        try:
-            torch.Generator().set_state(tensors["sampler_state"])
-        except (RuntimeError, TypeError):
-            raise StateError(f"{path}: tensor 'sampler_state' is no state of a torch generator") from None
