@@ -7,13 +7,15 @@ import contextlib
 import signal
 import socket
 import sys
+import time
 
 import uvicorn
 
-from serving.service import create_asgi, served_model, stop_engine
+from serving.service import create_asgi, current_engine, served_model
 from yunmin.errors import ConfigError
 
 _LAST_EVENTS_S = 5
+_POLL_S = 0.02
 
 
 class _Server(uvicorn.Server):
@@ -30,13 +32,14 @@ class _Server(uvicorn.Server):
             print(self._ready, file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        ending = asyncio.create_task(self._end_streams())
+        """Drains: no newcomers, and `/readyz` says so, while whoever is here may finish within the grace."""
+        end = time.monotonic() + self._grace_s
+        engine = current_engine()
+        engine.drain()
+        while engine.is_busy and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(_POLL_S)
+        await asyncio.to_thread(engine.stop)  # every stream that is left ends with an error event
         await super().shutdown(sockets)
-        ending.cancel()
-
-    async def _end_streams(self) -> None:
-        await asyncio.sleep(self._grace_s)
-        await asyncio.to_thread(stop_engine)  # every stream ends with an error event
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -86,8 +89,9 @@ def serve(listening: socket.socket, host: str, name: str, grace_s: float) -> boo
     served_model()  # first, so that a bad artifact is one line
     shown = f"[{host}]" if ":" in host else host
     ready = f"yunmin: serving {name!r} on http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops)"
-    patience_s = int(grace_s) + _LAST_EVENTS_S
-    config = uvicorn.Config(create_asgi(), log_config=None, server_header=False, timeout_graceful_shutdown=patience_s)
+    config = uvicorn.Config(
+        create_asgi(), log_config=None, server_header=False, timeout_graceful_shutdown=_LAST_EVENTS_S
+    )
     server = _Server(config, ready, grace_s)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
         server.run(sockets=[listening])

@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 
 from serving.api.app import Backend, create_app
+from serving.engine.engine import Engine
 from serving.launch import load_served, start_engine
 from serving.settings import read_settings, require_artifact
 from yunmin.errors import YunminError
@@ -55,8 +56,7 @@ class MambaService:
     def __init__(self) -> None:
         settings = read_settings()
         model = served_model()
-        self.engine = start_engine(model, settings, REGISTRY)
-        _app.state.backend = Backend(model, self.engine, settings)
+        _app.state.backend = Backend(model, start_engine(model, settings, REGISTRY), settings)
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]  # BentoML is not followed by mypy
     @staticmethod
@@ -76,18 +76,19 @@ class MambaService:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
-        await asyncio.to_thread(self.engine.stop)
+        await asyncio.to_thread(current_engine().stop)
 
     async def __is_alive__(self) -> bool:
-        return self.engine.is_alive
+        return current_engine().is_alive
 
     async def __is_ready__(self) -> bool:
-        return self.engine.is_alive
+        return current_engine().accepting
 
 
-def stop_engine() -> None:
-    """Ends every sequence of this process's service, each with an error."""
-    _app.state.backend.engine.stop()
+def current_engine() -> Engine:
+    """The engine that takes this process's requests."""
+    backend: Backend = _app.state.backend
+    return backend.engine
 
 
 def create_asgi() -> ASGIApp:

@@ -115,6 +115,11 @@ class Engine:
         return self.is_alive and not self._draining
 
     @property
+    def is_busy(self) -> bool:
+        """Whether anyone runs or waits."""
+        return self.is_alive and self.load != Load(0, 0)
+
+    @property
     def load(self) -> Load:
         with self._changed:
             return Load(self._slots - self._free, self._line.count)

@@ -106,7 +106,9 @@ def test_a_signal_stops_the_server_cleanly(tmp_path: Path, sent: signal.Signals)
     temporary.mkdir()
     command = [*YUNMIN, "serve", str(artifact), "--port", "0", "--device", "cpu"]
     with server(command, log, environ={"TMPDIR": str(temporary)}) as running:
-        assert httpx.post(f"{running.url}/generate", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        assert (
+            httpx.post(f"{running.url}/generate", json={"prompt": "x", "max_tokens": 2}, timeout=60).status_code == 200
+        )
         running.process.send_signal(sent)
         assert running.process.wait(30) == 0
         assert log.read_text().splitlines() == [f"yunmin: serving 'artifact' on {running.url} (Ctrl-C stops)"]
@@ -128,6 +130,28 @@ def test_a_stream_that_outlives_the_server_ends_with_an_error_event(model_folder
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
         assert running.process.wait(30) == 0
         assert len(running.log.read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_signal_drains_the_server(model_folder: Path, tmp_path: Path) -> None:
+    command = [*YUNMIN, "serve", str(model_folder), "--port", "0", "--max-tokens", "10000", "--grace-s", "60"]
+    body = {"prompt": "x", "max_tokens": 10_000, "temperature": 0}
+    with (
+        server(command, tmp_path / "log.txt") as running,
+        httpx.stream("POST", f"{running.url}/generate_stream", json=body, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        running.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{running.url}/readyz").status_code == 200:
+            pass
+        assert httpx.get(f"{running.url}/readyz").status_code == 503
+        assert httpx.get(f"{running.url}/livez").status_code == 200
+        refused = httpx.post(f"{running.url}/generate", json=body)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "engine_stopped"
+        assert [line for line in lines if line][-1] == "data: [DONE]"  # the running stream came to its end
+        assert running.process.wait(30) == 0
 
 
 @pytest.mark.slow
