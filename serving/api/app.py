@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,6 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
+from serving.api.backend import Backend
 from serving.api.failures import (
     ApiError,
     api_error,
@@ -27,51 +26,15 @@ from serving.api.failures import (
 from serving.api.openapi import PAGE, openapi_document
 from serving.api.protocol import OPENAI_DEFAULT_MAX_TOKENS, CompletionRequest, GenerateRequest, parse_request
 from serving.api.transport import DONE, ClientLeftError, EventStream, frame, read_body, while_connected
-from serving.engine.engine import Engine
 from serving.engine.job import Job
 from serving.engine.streams import TokenStream
-from serving.settings import Settings
 from yunmin.errors import RequestError, YunminError
 from yunmin.generate import Piece
-from yunmin.language_model import LanguageModel
 from yunmin.sampling import SamplingParams
 
-_LONG_PROMPT = 4096  # characters or ids whose encoding takes long enough to hold up the event loop
 Frames = Callable[[Piece], AsyncIterator[bytes]]
 # BentoML answers these
 _PROBES = frozenset({"/livez", "/healthz", "/readyz", "/metrics", "/schema.json"})
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What the endpoints work with; set as `app.state.backend` before the first request."""
-
-    model: LanguageModel
-    engine: Engine
-    settings: Settings
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    async def encode(self, field: str, prompt: str | list[int]) -> list[int]:
-        """Token ids of a prompt, with errors that name the request's field."""
-        try:
-            if len(prompt) > _LONG_PROMPT:
-                token_ids = await asyncio.to_thread(self.model.encode, prompt)
-            else:
-                token_ids = self.model.encode(prompt)
-        except RequestError as error:
-            raise RequestError(field, str(error).removeprefix(f"{error.field}: ")) from None
-        if len(token_ids) > (limit := self.settings.max_prompt_tokens):
-            raise RequestError(field, f"must have at most {limit} tokens on this server, got {len(token_ids)}")
-        return token_ids
-
-    async def submit(
-        self, field: str, prompt: str | list[int], params: SamplingParams, deadline_s: float | None = None
-    ) -> TokenStream:
-        """Validates the prompt and queues the sequence."""
-        if params.stop and self.model.tokenizer is None:
-            raise RequestError("stop", "needs a tokenizer, and this model has none")
-        token_ids = await self.encode(field, prompt)
-        return self.engine.submit(Job(token_ids, params, deadline_s or self.settings.deadline_s))
 
 
 async def generate(request: Request) -> Response:
@@ -108,7 +71,7 @@ async def completions(request: Request) -> Response:
     _check_model(asked.model, backend)
     default = min(OPENAI_DEFAULT_MAX_TOKENS, backend.settings.max_tokens)
     params = asked.sampling(backend.settings.max_tokens, default)
-    stream = await backend.submit(*asked.prompt_field(), params)
+    stream = await _submit(backend, *asked.prompt_field(), params)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -223,7 +186,17 @@ async def _submit_generation(request: Request) -> TokenStream:
     limit = backend.settings.deadline_s
     if asked.timeout_s is not None and not 0 < asked.timeout_s <= limit:  # NaN fails this, too
         raise RequestError("timeout_s", f"must be above 0 and at most {limit:g}, got {asked.timeout_s!r}")
-    return await backend.submit(*asked.prompt_field(), params, asked.timeout_s)
+    return await _submit(backend, *asked.prompt_field(), params, asked.timeout_s)
+
+
+async def _submit(
+    backend: Backend, field: str, prompt: str | list[int], params: SamplingParams, deadline_s: float | None = None
+) -> TokenStream:
+    """Validates the prompt and queues the sequence."""
+    if params.stop and backend.model.tokenizer is None:
+        raise RequestError("stop", "needs a tokenizer, and this model has none")
+    token_ids = await backend.encode(field, prompt)
+    return backend.engine.submit(Job(token_ids, params, deadline_s or backend.settings.deadline_s))
 
 
 async def _all_pieces(stream: TokenStream) -> list[Piece]:

@@ -1,0 +1,58 @@
+"""What the endpoints work with: one model, the engine that runs it, and what belongs to them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from serving.engine.engine import Engine
+from serving.settings import Settings
+from yunmin.errors import RequestError
+from yunmin.language_model import LanguageModel
+
+_LONG_PROMPT = 4096  # characters or ids whose encoding takes long enough to hold up the event loop
+
+
+@dataclass(eq=False)
+class Backend:
+    """A served model; set as `app.state.backend` before the first request, and replaced as a whole by a reload.
+
+    Attributes:
+        model: to generate with.
+        engine: runs it.
+        settings: of the server.
+        created: unix seconds.
+        users: requests that began with this backend and have not ended.
+    """
+
+    model: LanguageModel
+    engine: Engine
+    settings: Settings
+    created: int = field(default_factory=lambda: int(time.time()))
+    users: int = 0
+
+    async def encode(self, field: str, prompt: str | list[int], *, may_be_empty: bool = False) -> list[int]:
+        """Token ids of a prompt, with errors that name the request's field.
+
+        Args:
+            field: of the request.
+            prompt: text or token ids.
+            may_be_empty: whether there is something before it to go on from.
+
+        Raises:
+            RequestError: it is empty, too long, or has an id outside the vocabulary.
+            TokenizerError: it is text and the model has no tokenizer.
+        """
+        if may_be_empty and not prompt:
+            return []
+        try:
+            if len(prompt) > _LONG_PROMPT:
+                token_ids = await asyncio.to_thread(self.model.encode, prompt)
+            else:
+                token_ids = self.model.encode(prompt)
+        except RequestError as error:
+            raise RequestError(field, str(error).removeprefix(f"{error.field}: ")) from None
+        if len(token_ids) > (limit := self.settings.max_prompt_tokens):
+            raise RequestError(field, f"must have at most {limit} tokens on this server, got {len(token_ids)}")
+        return token_ids
