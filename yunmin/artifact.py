@@ -14,11 +14,18 @@ from yunmin.cost import Cost
 from yunmin.errors import ArtifactError, CheckpointError, ConfigError
 from yunmin.files import sha256_file, write_json
 from yunmin.quantization.layout import Format
+from yunmin.tokenizer import CHAT_TEMPLATE_FILE
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 _REQUIRED_FILES = ("config.json", "model.safetensors")
-_READ_FILES = (*_REQUIRED_FILES, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_READ_FILES = (
+    *_REQUIRED_FILES,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    CHAT_TEMPLATE_FILE,
+)
 
 
 class _Record(BaseModel):

@@ -19,10 +19,17 @@ from yunmin.errors import CheckpointError, ConfigError
 from yunmin.files import write_aligned_safetensors, write_json, write_safetensors
 from yunmin.model import check_tensors
 from yunmin.quantization.layout import CONFIG_KEY, FLOAT32, Quantization, check_stored
-from yunmin.tokenizer import Tokenizer
+from yunmin.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json"]
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    CHAT_TEMPLATE_FILE,
+]
 WEIGHTS_FILE = "model.safetensors"
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 

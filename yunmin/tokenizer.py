@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from yunmin.errors import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE_FILE)
 _BYTES = 256
 
 
