@@ -106,14 +106,17 @@ class LanguageModel:
         return Snapshot(state, logits, (*before, *token_ids), None if after is None else after.sampler_state)
 
     def stream(self, prompt: Prompt | Snapshot, **params: Any) -> Iterator[Piece]:
-        """Generates piece by piece.
+        """Generates piece by piece; the last piece has a finish reason, and may have no token.
 
         Args:
             prompt: text, token ids, or a snapshot to continue from.
-            **params: fields of `yunmin.sampling.SamplingParams`.
+            **params: fields of `yunmin.sampling.SamplingParams`: limits, temperature and filters, penalties, biases,
+                `seed`, what ends the text, `logprobs`, and a `constraint` (`yunmin.constraints.Constraint`) that all
+                of it must match.
 
         Raises:
             RequestError: the prompt or a parameter is impossible; names it.
+            MissingExtraError: there is a constraint, and llguidance is not installed.
         """
         generation, start = self._start(prompt, params)
         return self._run(generation, start)
@@ -121,9 +124,18 @@ class LanguageModel:
     def generate(self, prompt: Prompt | Snapshot, **params: Any) -> Completion:
         """Generates to the end; arguments as in `stream`."""
         generation, start = self._start(prompt, params)
-        text = "".join(piece.text for piece in self._run(generation, start))
+        pieces = list(self._run(generation, start))
         assert generation.finish_reason is not None
-        return Completion(text, tuple(generation.token_ids), generation.finish_reason, len(start.token_ids))
+        tokens = [piece for piece in pieces if piece.token_id is not None]
+        wanted = generation.params.logprobs is not None
+        return Completion(
+            "".join(piece.text for piece in pieces),
+            tuple(generation.token_ids),
+            generation.finish_reason,
+            len(start.token_ids),
+            tuple(piece.logprob for piece in tokens if piece.logprob is not None) if wanted else None,
+            tuple(piece.top_logprobs for piece in tokens if piece.top_logprobs is not None) if wanted else None,
+        )
 
     def save_state(self, path: str | Path, snapshot: Snapshot) -> None:
         """Writes a snapshot to a safetensors file that only this model accepts."""
@@ -140,13 +152,15 @@ class LanguageModel:
 
     def _start(self, prompt: Prompt | Snapshot, params: dict[str, Any]) -> tuple[Generation, Snapshot]:
         sampling = sampling_params_from(params)
-        start = prompt if isinstance(prompt, Snapshot) else self.snapshot(prompt)
-        if sampling.stop and self.tokenizer is None:
-            raise RequestError("stop", "needs a tokenizer, and this model has none")
-        sampler_state = None if sampling.seed is not None else start.sampler_state
-        return Generation(sampling, start.token_ids, self.config, self.tokenizer, sampler_state), start
+        token_ids = prompt.token_ids if isinstance(prompt, Snapshot) else self.encode(prompt)
+        sampler_state = prompt.sampler_state if isinstance(prompt, Snapshot) and sampling.seed is None else None
+        generation = Generation(sampling, token_ids, self.config, self.tokenizer, sampler_state)
+        return generation, prompt if isinstance(prompt, Snapshot) else self.snapshot(token_ids)
 
     def _run(self, generation: Generation, start: Snapshot) -> Iterator[Piece]:
+        if generation.finish_reason is not None:
+            yield Piece(None, "", generation.finish_reason)
+            return
         logits, state = start.logits, start.state.copy()  # steps may write over it
         while True:
             piece = generation.advance(logits)
@@ -191,8 +205,14 @@ def load(
         from yunmin.runtime.native.runtime import NativeRuntime  # imports numba
 
         return LanguageModel(NativeRuntime(checkpoint), checkpoint.tokenizer, checkpoint.folder, fingerprint)
-    network = TorchRuntime(_moved(network_of(checkpoint), device))
-    return LanguageModel(network, checkpoint.tokenizer, checkpoint.folder, fingerprint)
+    network = _moved(network_of(checkpoint), device)
+    if network.device.type == "cuda":
+        from yunmin.runtime.cuda_graphs import CudaGraphRuntime
+
+        torch_runtime: TorchRuntime = CudaGraphRuntime(network)
+    else:
+        torch_runtime = TorchRuntime(network)
+    return LanguageModel(torch_runtime, checkpoint.tokenizer, checkpoint.folder, fingerprint)
 
 
 def fingerprint_of(config: MambaConfig, tensors: Mapping[str, Tensor]) -> str:

@@ -92,12 +92,13 @@ def splat(_context: Any, like: Any, number: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         cast = context.cast(builder, arguments[1], signature.args[1], like.dtype)
-        return _splat(builder, context.get_value_type(vector), cast)
+        return emit_splat(builder, context.get_value_type(vector), cast)
 
     return vector(like, number), codegen
 
 
-def _splat(builder: Any, vector: Any, number: Any) -> Any:
+def emit_splat(builder: Any, vector: Any, number: Any) -> Any:
+    """LLVM code for a number in every lane of a vector type."""
     empty = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(empty, number, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
@@ -164,7 +165,7 @@ def _limit(comparison: str) -> Any:
     def apply(_context: Any, vector: Any, bound: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             number = context.cast(builder, arguments[1], signature.args[1], vector.dtype)
-            limit = _splat(builder, context.get_value_type(vector), number)
+            limit = emit_splat(builder, context.get_value_type(vector), number)
             # an ordered comparison is false for NaN, which therefore stays NaN
             return builder.select(builder.fcmp_ordered(comparison, arguments[0], limit), limit, arguments[0])
 

@@ -10,13 +10,17 @@ from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
 from yunmin.model import MambaLM
 from yunmin.runtime.native.runtime import NativeRuntime
+from yunmin.sampler import Sampler, token_logprob
+from yunmin.sampling import SamplingParams
 
 
 def compile_inference() -> None:
-    """The native runtime; one compiled network serves all formats and shapes."""
+    """The native runtime and sampling; one compiled network serves all formats and shapes."""
     model = _tiny_model()
     runtime = NativeRuntime(Checkpoint(model.config, model.tensors(), None, Path()))
-    runtime.step([0], runtime.new_state(1))
+    logits, _ = runtime.step([0], runtime.new_state(1))
+    Sampler(SamplingParams(), model.config.n_tokens).choose(logits[0])
+    token_logprob(logits[0], model.config.n_tokens, 0)
 
 
 def compile_training() -> None:

@@ -1,0 +1,240 @@
+"""Structured output: text that must match a JSON schema, a regular expression, one of some choices, or a grammar.
+
+The work is done by `llguidance`, which says after each token which ones may follow.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yunmin.errors import MissingExtraError, RequestError, YunminError
+from yunmin.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+
+MAX_SOURCE_LENGTH = 256 * 1024
+_KEPT = 64  # compiled constraints for each tokenizer
+# a model may go on with spaces for ever where a schema allows any number of them
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a text must match, from its first character to its last.
+
+    Attributes:
+        kind: what `source` is. "json_object" is any JSON object, "choice" a JSON list of strings, "regex" is in the
+            syntax of Rust's `regex` crate, without look-around, "grammar" in Lark's (as llguidance extends it) or
+            llama.cpp's GBNF.
+        source: empty for "json_object".
+
+    Raises:
+        RequestError: unknown kind, or a source that is too long or no JSON where it has to be; the field it names is
+            the kind.
+    """
+
+    kind: Kind
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise RequestError("constraint", f"expected one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if not isinstance(self.source, str):
+            raise RequestError(self.kind, f"must be a string, got {type(self.source).__name__}")
+        if len(self.source) > MAX_SOURCE_LENGTH:
+            raise RequestError(self.kind, f"at most {MAX_SOURCE_LENGTH} characters, got {len(self.source)}")
+        if self.kind in ("json_schema", "choice"):
+            _read_json(self.kind, self.source)
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Constraint:
+        """JSON that a schema, given as Python objects, accepts."""
+        return cls("json_schema", json.dumps(schema))
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> Constraint:
+        """One of some strings."""
+        return cls("choice", json.dumps(list(choices)))
+
+
+class Matcher:
+    """What one sequence may still say.
+
+    Args:
+        matcher: of llguidance, at the beginning of the text.
+        kind: of the constraint, for errors.
+        vocabulary: ids that masks speak about; one more stands for the end of the text.
+        eos_ids: that end the text where it may end.
+    """
+
+    def __init__(self, matcher: LLMatcher, kind: str, vocabulary: int, eos_ids: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._kind = kind
+        self._end = vocabulary
+        self._eos_ids = tuple(eos_ids)
+        self._mask = np.zeros(vocabulary // 32 + 1, np.uint32)
+        self._address = self._mask.ctypes.data
+
+    def allowed(self) -> NDArray[np.uint32] | None:
+        """A bit for each id that may come next, overwritten by the next call; None where the text can only end.
+
+        Raises:
+            YunminError: the grammar takes too much work, or leads to what no token of the model can say.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
+        self._check()
+        may_end = bool(self._mask[self._end // 32] >> np.uint32(self._end % 32) & np.uint32(1))
+        self._set(self._end, False)
+        for token_id in self._eos_ids:
+            self._set(token_id, may_end)
+        if not self._mask.any():
+            if may_end:
+                return None
+            raise YunminError(f"{self._kind}: no token of the model can continue the text")
+        return self._mask
+
+    def accept(self, token_id: int) -> bool:
+        """Goes on with an allowed token that is not an end; returns whether the text is complete and must end there."""
+        self._matcher.consume_token(token_id)
+        self._check()
+        return self._matcher.is_stopped()
+
+    def _set(self, token_id: int, bit: bool) -> None:
+        flag = np.uint32(1 << token_id % 32)
+        if bit:
+            self._mask[token_id // 32] |= flag
+        else:
+            self._mask[token_id // 32] &= ~flag
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise YunminError(f"{self._kind}: {_first_line(self._matcher.get_error())}")
+
+
+class CompiledConstraint:
+    """A constraint for one tokenizer; any number of sequences may begin with it."""
+
+    def __init__(self, matcher: LLMatcher, kind: str, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._kind = kind
+        self._vocabulary = vocabulary
+
+    def begin(self, eos_ids: Sequence[int]) -> Matcher:
+        """A matcher at the beginning of the text.
+
+        Args:
+            eos_ids: ids that the text may end with; empty where only its grammar ends it.
+        """
+        return Matcher(self._matcher.deep_copy(), self._kind, self._vocabulary, eos_ids)
+
+
+def compile_constraint(constraint: Constraint, tokenizer: Tokenizer | None, n_tokens: int) -> CompiledConstraint:
+    """Compiles a constraint, or finds it among those compiled last. May take a second, without the interpreter's lock.
+
+    Args:
+        constraint: what the text must match.
+        tokenizer: of the model.
+        n_tokens: ids of the model that are no padding.
+
+    Raises:
+        RequestError: the source is wrong, asks for what is not supported, or there is no tokenizer; the field it names
+            is the constraint's kind.
+        MissingExtraError: llguidance is not installed.
+    """
+    if tokenizer is None:
+        raise RequestError(constraint.kind, "needs a tokenizer, and this model has none")
+    with _LOCK:
+        compiler = _COMPILERS.get(tokenizer)
+        if compiler is None:
+            compiler = _COMPILERS[tokenizer] = _Compiler()
+    return compiler.compile(constraint, tokenizer, n_tokens)
+
+
+class _Compiler:
+    """The constraints compiled for one tokenizer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokenizers: dict[int, LLTokenizer] = {}
+        self._compiled: OrderedDict[tuple[Constraint, int], CompiledConstraint] = OrderedDict()
+
+    def compile(self, constraint: Constraint, tokenizer: Tokenizer, n_tokens: int) -> CompiledConstraint:
+        vocabulary = max(n_tokens, tokenizer.vocab_size)
+        key = (constraint, vocabulary)
+        with self._lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+            if vocabulary not in self._tokenizers:
+                self._tokenizers[vocabulary] = _adapted(tokenizer, vocabulary)
+        compiled = CompiledConstraint(_matcher(constraint, self._tokenizers[vocabulary]), constraint.kind, vocabulary)
+        with self._lock:
+            self._compiled[key] = compiled
+            while len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return compiled
+
+
+_LOCK = threading.Lock()
+_COMPILERS: weakref.WeakKeyDictionary[Tokenizer, _Compiler] = weakref.WeakKeyDictionary()
+
+
+def _adapted(tokenizer: Tokenizer, vocabulary: int) -> LLTokenizer:
+    """A tokenizer as llguidance wants it, whose only end of text is an id behind all others."""
+    from_json = _llguidance().LLTokenizer
+    adapted: LLTokenizer = from_json(tokenizer.backend.to_str(), n_vocab=vocabulary + 1, eos_token=vocabulary)
+    return adapted
+
+
+def _matcher(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
+    llguidance, kind = _llguidance(), constraint.kind
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    try:
+        if kind in ("json_schema", "json_object"):
+            schema = '{"type": "object"}' if kind == "json_object" else constraint.source
+            options = {"whitespace_pattern": _WHITESPACE}  # a schema's own "x-guidance" goes before them
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=options)
+        else:
+            grammar = llguidance.grammar_from(kind, constraint.source)
+    except ValueError as error:
+        raise RequestError(kind, _first_line(str(error))) from None
+    matcher: LLMatcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise RequestError(kind, _first_line(matcher.get_error()))
+    return matcher
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise MissingExtraError("llguidance", "serve", "structured output") from None
+    return llguidance
+
+
+def _read_json(kind: str, source: str) -> None:
+    try:
+        value = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(kind, f"must be JSON, {error}") from None
+    if kind == "json_schema" and not isinstance(value, dict | bool):
+        raise RequestError(kind, f"must be a JSON object, got {source[:40]!r}")
+    is_list = isinstance(value, list) and value and all(isinstance(item, str) and item for item in value)
+    if kind == "choice" and not is_list:
+        raise RequestError(kind, "must be a list of non-empty strings")
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.splitlines() if line.strip()), "refused without a reason")
