@@ -15,7 +15,8 @@ def main(argv: list[str]) -> int:
     arguments = parser(
         "serve",
         "Serves an artifact, a run folder or a checkpoint over HTTP: the same BentoML service that `bentoml serve` "
-        "starts from the project root, in one process. Each option is a variable, too: --slots is YUNMIN_SLOTS.",
+        "starts from the project root, in one process. Each option is a variable, too: --slots is YUNMIN_SLOTS. "
+        "Keys are variables only: YUNMIN_API_KEYS, YUNMIN_ADMIN_KEY.",
         [
             "yunmin serve artifact/",
             "yunmin serve artifact/ --host 0.0.0.0 --port 8000 --slots 16 --device cpu",
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
         "--grace-s", type=float, default=10.0, metavar="S", help="time for running requests after Ctrl-C (10)"
     )
     for variable in variables():
-        if variable.field != "artifact":
+        if variable.field != "artifact" and not variable.is_secret:  # a command line is there for everyone to see
             default = f" ({variable.default})" if variable.default != "" else ""
             # a value goes through the environment to the settings, which check it
             arguments.add_argument(variable.option, metavar="X", help=f"{variable.description}{default}")
@@ -48,7 +49,7 @@ def _start(options: argparse.Namespace) -> int:
 
     # the service reads its settings from the environment, whoever starts it
     for variable in variables():
-        if (value := getattr(options, variable.field)) is not None:
+        if (value := getattr(options, variable.field, None)) is not None:
             os.environ[variable.name] = value
 
     from yunmin.errors import MissingExtraError

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
+from serving.api.access import read_access
+from serving.api.backend import Backend
+from serving.api.chat_template import find_template
 from serving.engine.engine import Engine
 from serving.metrics import Metrics
 from serving.settings import Settings, require_artifact
@@ -43,3 +46,18 @@ def start_engine(model: LanguageModel, settings: Settings, registry: CollectorRe
     )
     engine.start()
     return engine
+
+
+def make_backend(model: LanguageModel, engine: Engine, settings: Settings) -> Backend:
+    """What the HTTP surface works with.
+
+    Args:
+        model: that is served.
+        engine: that runs it.
+        settings: keys, chat template.
+
+    Raises:
+        YunminError: a file that the settings name cannot be read.
+    """
+    template = find_template(settings.chat_template, model.folder)
+    return Backend(model, engine, settings, access=read_access(settings), template=template)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+from pathlib import Path
 
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before BentoML is imported
 
@@ -13,9 +14,13 @@ from bentoml.exceptions import BentoMLException
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 
-from serving.api.app import Backend, create_app
+from serving.api.access import read_access
+from serving.api.app import create_app
+from serving.api.backend import Backend
+from serving.api.chat_template import find_template
+from serving.api.request_log import set_up_log
 from serving.engine.engine import Engine
-from serving.launch import load_served, start_engine
+from serving.launch import load_served, make_backend, start_engine
 from serving.settings import read_settings, require_artifact
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel
@@ -36,9 +41,13 @@ def served_model() -> LanguageModel:
     """The model that this process serves; loaded once.
 
     Raises:
-        YunminError: it is missing or damaged.
+        YunminError: it is missing or damaged, or another file that the settings name is.
     """
-    return load_served(read_settings())
+    settings = read_settings()
+    read_access(settings)
+    model = load_served(settings)
+    find_template(settings.chat_template, model.folder)
+    return model
 
 
 # BentoML bounds the time to the first byte, and keeps a timer for each request that long; the engine's own deadline
@@ -56,7 +65,8 @@ class MambaService:
     def __init__(self) -> None:
         settings = read_settings()
         model = served_model()
-        _app.state.backend = Backend(model, start_engine(model, settings, REGISTRY), settings)
+        set_up_log(settings)
+        _app.state.backend = make_backend(model, start_engine(model, settings, REGISTRY), settings)
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]  # BentoML is not followed by mypy
     @staticmethod
@@ -66,11 +76,14 @@ class MambaService:
         from yunmin.trained import load_trained
 
         try:
-            artifact = require_artifact(read_settings())
+            settings = read_settings()
+            artifact = require_artifact(settings)
+            read_access(settings)
             if is_artifact(artifact):
                 read_manifest(artifact)
             else:
                 load_trained(artifact)
+            find_template(settings.chat_template, Path(artifact))
         except YunminError as error:
             raise BentoMLException(str(error)) from None
 

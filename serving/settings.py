@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from yunmin.errors import ConfigError
 
@@ -45,6 +45,30 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(1_048_576, ge=1024, description="largest request body")
     deadline_s: float = Field(300.0, gt=0, le=86_400, allow_inf_nan=False, description="longest time of one request")
 
+    states: str = Field("", description="folder of named states, from `yunmin state build` (default: none)")
+    session_dir: str = Field("", description="folder that keeps sessions (default: memory keeps them)")
+    session_url: str = Field("", description="fsspec URL that keeps sessions for several servers: s3://..., file://...")
+    session_ttl_s: float = Field(
+        86_400.0,
+        ge=0,
+        le=1e9,
+        allow_inf_nan=False,
+        description="seconds that a session lives after it was last saved; 0 for ever",
+    )
+    session_memory_bytes: int = Field(268_435_456, ge=0, description="memory for states of sessions")
+    session_disk_bytes: int = Field(10_737_418_240, ge=0, description="most bytes of states in the session folder")
+    max_sessions: int = Field(10_000, ge=1, description="most sessions at a time")
+    max_session_tokens: int = Field(1_000_000, ge=1, description="tokens after which a session can grow no further")
+
+    chat_template: str = Field("", description="chatml, plain or a Jinja file (default: the model's own)")
+    api_keys: SecretStr = Field(SecretStr(""), description="bearer keys, by commas; none leaves the server open")
+    api_key_file: str = Field("", description="TOML file of bearer keys with limits: [keys.NAME] key = ...")
+    admin_key: SecretStr = Field(SecretStr(""), description="bearer key of /admin/; none keeps that off")
+    reload_root: str = Field("", description="folder whose artifacts /admin/reload may load (default: only `artifact`)")
+    cors_origins: str = Field("", description="origins whose pages may call the server, by commas; * for any")
+    log_format: Literal["off", "text", "json"] = Field("off", description="one line per request on stderr, or none")
+    log_prompts: bool = Field(False, description="whether those lines have the text of prompts and answers")
+
     @property
     def served_name(self) -> str:
         """The name under which the model is listed."""
@@ -59,6 +83,7 @@ class Variable:
     name: str
     description: str
     default: Any
+    is_secret: bool = False
 
     @property
     def option(self) -> str:
@@ -69,7 +94,9 @@ class Variable:
 def variables() -> list[Variable]:
     """Every environment variable the server reads."""
     return [
-        Variable(field, PREFIX + field.upper(), info.description or "", info.default)
+        Variable(
+            field, PREFIX + field.upper(), info.description or "", info.default, isinstance(info.default, SecretStr)
+        )
         for field, info in Settings.model_fields.items()
     ]
 

@@ -9,22 +9,18 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from serving.api.backend import Backend
-from serving.api.failures import (
-    ApiError,
-    api_error,
-    on_api_error,
-    on_http_error,
-    on_unexpected_error,
-    on_yunmin_error,
-)
+from serving.api.failures import ApiError, api_error
+from serving.api.gate import CLIENT_LEFT, Gate
 from serving.api.openapi import PAGE, openapi_document
 from serving.api.protocol import OPENAI_DEFAULT_MAX_TOKENS, CompletionRequest, GenerateRequest, parse_request
+from serving.api.record import backend_of, record_of
 from serving.api.transport import DONE, ClientLeftError, EventStream, frame, read_body, while_connected
 from serving.engine.job import Job
 from serving.engine.streams import TokenStream
@@ -146,8 +142,25 @@ class _Unmatched(Route):
         return super().matches(scope)
 
 
-async def on_client_left(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # for the access log alone
+async def on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    record_of(request).outcome = error.code
+    return error.response()
+
+
+async def on_yunmin_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, YunminError)
+    return await on_api_error(request, api_error(error))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return await on_api_error(request, ApiError(error.status_code, error.detail, headers=error.headers))
+
+
+async def on_client_left(request: Request, _: Exception) -> Response:
+    record_of(request).outcome = "client_left"
+    return Response(status_code=CLIENT_LEFT)  # for the logs alone
 
 
 def create_app() -> Starlette:
@@ -164,19 +177,18 @@ def create_app() -> Starlette:
             Route("/docs.json", document, methods=["GET"]),  # where BentoML has its own
             _Unmatched(),
         ],
+        middleware=[Middleware(Gate)],
         exception_handlers={
             ApiError: on_api_error,
             YunminError: on_yunmin_error,
             HTTPException: on_http_error,
             ClientLeftError: on_client_left,
-            Exception: on_unexpected_error,
         },
     )
 
 
 def _backend(request: Request) -> Backend:
-    backend: Backend = request.app.state.backend
-    return backend
+    return backend_of(request)
 
 
 async def _submit_generation(request: Request) -> TokenStream:

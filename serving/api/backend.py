@@ -6,6 +6,8 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+from serving.api.access import Access
+from serving.api.chat_template import ChatTemplate
 from serving.engine.engine import Engine
 from serving.settings import Settings
 from yunmin.errors import RequestError
@@ -22,6 +24,8 @@ class Backend:
         model: to generate with.
         engine: runs it.
         settings: of the server.
+        access: its keys.
+        template: renders conversations; None where the model has none and none is configured.
         created: unix seconds.
         users: requests that began with this backend and have not ended.
     """
@@ -29,6 +33,8 @@ class Backend:
     model: LanguageModel
     engine: Engine
     settings: Settings
+    access: Access = field(default_factory=Access)
+    template: ChatTemplate | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
 

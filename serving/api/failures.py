@@ -6,8 +6,6 @@ import http
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.engine.job import DeadlineError, EngineStoppedError, QueueFullError
@@ -71,21 +69,6 @@ def api_error(error: YunminError) -> ApiError:
             return ApiError(500, str(error), code="generation_failed")
 
 
-async def on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def on_yunmin_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, YunminError)
-    return api_error(error).response()
-
-
-async def on_http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, error.detail, headers=error.headers).response()
-
-
-async def on_unexpected_error(_: Request, __: Exception) -> Response:
-    """Starlette raises the error again after this response, so that the server logs it."""
-    return ApiError(500, "internal error, the server's log has the reason", code="internal_error").response()
+def internal_error() -> ApiError:
+    """What a client may know of an error that nobody has thought of."""
+    return ApiError(500, "internal error, the server's log has the reason", code="internal_error")

@@ -9,7 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
-from serving.api.app import Backend, create_app
+from serving.api.app import create_app
+from serving.api.backend import Backend
 from serving.engine.engine import Engine
 from serving.metrics import Metrics
 from serving.settings import read_settings

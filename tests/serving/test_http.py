@@ -176,7 +176,6 @@ def test_a_deadline_before_the_first_byte_is_a_504_and_after_it_an_error_event(r
         ({"prompt": None, "token_ids": "12"}, "token_ids"),
         ({"token_ids": [1]}, "token_ids"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 100_001}, "max_tokens"),
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"max_tokens": "12"}, "max_tokens"),
