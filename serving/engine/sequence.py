@@ -27,7 +27,6 @@ class ActiveSequence:
         state: of batch size 1, until it joins the decode batch.
         logits: float32 (V,), after the last token read; None while there is none.
         stops: positions of the prompt where a checkpoint is to be taken, the last one first.
-        admitted: whether it counts among those that hold a slot.
         next_id: token that the next step feeds.
         last_token: when the last token came, on `time.monotonic`'s clock.
         seen: how far an earlier prompt went the same way.
@@ -41,7 +40,6 @@ class ActiveSequence:
     state: MambaState | None = None
     logits: Tensor | None = None
     stops: list[int] = field(default_factory=list)
-    admitted: bool = False
     next_id: int = -1
     last_token: float = 0.0
     seen: int = 0

@@ -223,7 +223,7 @@ def test_an_engine_whose_thread_dies_says_so(model: LanguageModel, monkeypatch: 
             def broken() -> None:
                 raise RuntimeError("a bug")
 
-            monkeypatch.setattr(engine, "_admit", broken)
+            monkeypatch.setattr(engine._scheduler, "turn", broken)
             with pytest.raises(EngineStoppedError, match="failed"):
                 await read(stream)
             assert not engine.is_alive
