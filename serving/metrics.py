@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
+_STORE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
 
 class Metrics:
@@ -69,4 +70,32 @@ class Metrics:
             ["place"],
             registry=registry,
             multiprocess_mode="mostrecent",
+        )
+
+
+class SessionMetrics:
+    """What is counted of sessions.
+
+    Args:
+        registry: to register with; tests give each keeper its own.
+
+    Attributes:
+        sessions: kept by the store.
+        state_bytes: of their states.
+        save_s: until a version is where it survives.
+        restore_s: from the request to a snapshot to go on from.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.sessions = Gauge(
+            "yunmin_sessions", "Sessions that are kept", registry=registry, multiprocess_mode="mostrecent"
+        )
+        self.state_bytes = Gauge(
+            "yunmin_session_bytes", "States of sessions", registry=registry, multiprocess_mode="mostrecent"
+        )
+        self.save_s = Histogram(
+            "yunmin_session_save_seconds", "Time to save a session", registry=registry, buckets=_STORE_BUCKETS_S
+        )
+        self.restore_s = Histogram(
+            "yunmin_session_restore_seconds", "Time to restore a session", registry=registry, buckets=_STORE_BUCKETS_S
         )

@@ -56,6 +56,13 @@ class SessionTooLongError(YunminError):
         super().__init__(f"session {session_id!r} holds {tokens} tokens, at most {limit} on this server")
 
 
+class EmptySessionError(YunminError):
+    """The session has read nothing yet, so there is no state to give."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"session {session_id!r} has read no token yet, and has no state")
+
+
 class WrongModelError(StateError):
     """A session was made with another model than the one that is served."""
 

@@ -27,6 +27,7 @@ class SessionRecord:
         ttl_s: seconds it lives after it was last saved; None for ever.
         expires: seconds since 1970, or None.
         parent: the session it was forked from, or None.
+        owner: whose it is, by the name of a key; "" where the server has no keys.
         state_bytes: size of the saved state; 0 where there is none.
         metadata: the client's own.
         messages: the conversation that led here, for chats; else empty.
@@ -42,6 +43,7 @@ class SessionRecord:
     expires: float | None
     parent: str | None
     state_bytes: int
+    owner: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
 
@@ -101,5 +103,6 @@ _KINDS: dict[str, Any] = {
     "expires": int | float | None,
     "parent": str | None,
     "state_bytes": int,
+    "owner": str,
     "metadata": dict,
 }
