@@ -9,6 +9,7 @@ from serving.api.backend import Backend
 from serving.api.chat_template import find_template
 from serving.engine.engine import Engine
 from serving.metrics import Metrics
+from serving.sessions.manager import Sessions
 from serving.settings import Settings, require_artifact
 from yunmin.language_model import LanguageModel, load
 from yunmin.threads import set_threads
@@ -48,16 +49,17 @@ def start_engine(model: LanguageModel, settings: Settings, registry: CollectorRe
     return engine
 
 
-def make_backend(model: LanguageModel, engine: Engine, settings: Settings) -> Backend:
+def make_backend(model: LanguageModel, engine: Engine, settings: Settings, sessions: Sessions | None = None) -> Backend:
     """What the HTTP surface works with.
 
     Args:
         model: that is served.
         engine: that runs it.
         settings: keys, chat template.
+        sessions: of this model; None for offline work.
 
     Raises:
         YunminError: a file that the settings name cannot be read.
     """
     template = find_template(settings.chat_template, model.folder)
-    return Backend(model, engine, settings, access=read_access(settings), template=template)
+    return Backend(model, engine, settings, access=read_access(settings), template=template, sessions=sessions)

@@ -11,7 +11,7 @@ import time
 
 import uvicorn
 
-from serving.service import create_asgi, current_engine, served_model
+from serving.service import create_asgi, current_engine, served_model, served_sessions
 from yunmin.errors import ConfigError
 
 _LAST_EVENTS_S = 5
@@ -87,6 +87,7 @@ def serve(listening: socket.socket, host: str, name: str, grace_s: float) -> boo
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     served_model()  # first, so that a bad artifact is one line
+    served_sessions()
     shown = f"[{host}]" if ":" in host else host
     ready = f"yunmin: serving {name!r} on http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops)"
     config = uvicorn.Config(

@@ -21,6 +21,8 @@ from serving.api.chat_template import find_template
 from serving.api.request_log import set_up_log
 from serving.engine.engine import Engine
 from serving.launch import load_served, make_backend, start_engine
+from serving.sessions.manager import Sessions
+from serving.sessions.opening import open_sessions
 from serving.settings import read_settings, require_artifact
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel
@@ -50,6 +52,16 @@ def served_model() -> LanguageModel:
     return model
 
 
+@functools.cache
+def served_sessions() -> Sessions:
+    """The sessions that this process serves; opened once.
+
+    Raises:
+        YunminError: their store cannot be opened, or a named state does not belong to the model.
+    """
+    return open_sessions(served_model(), read_settings(), REGISTRY)
+
+
 # BentoML bounds the time to the first byte, and keeps a timer for each request that long; the engine's own deadline
 # comes first, and answers better
 @bentoml.service(
@@ -66,7 +78,8 @@ class MambaService:
         settings = read_settings()
         model = served_model()
         set_up_log(settings)
-        _app.state.backend = make_backend(model, start_engine(model, settings, REGISTRY), settings)
+        sessions = served_sessions()
+        _app.state.backend = make_backend(model, start_engine(model, settings, REGISTRY), settings, sessions)
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]  # BentoML is not followed by mypy
     @staticmethod
@@ -90,6 +103,7 @@ class MambaService:
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
         await asyncio.to_thread(current_engine().stop)
+        await asyncio.to_thread(served_sessions().keeper.close)
 
     async def __is_alive__(self) -> bool:
         return current_engine().is_alive

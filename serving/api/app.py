@@ -21,6 +21,7 @@ from serving.api.gate import CLIENT_LEFT, Gate
 from serving.api.openapi import PAGE, openapi_document
 from serving.api.protocol import OPENAI_DEFAULT_MAX_TOKENS, CompletionRequest, GenerateRequest, parse_request
 from serving.api.record import backend_of, record_of
+from serving.api.sessions import SESSION_ROUTES
 from serving.api.transport import DONE, ClientLeftError, EventStream, frame, read_body, while_connected
 from serving.engine.job import Job
 from serving.engine.streams import TokenStream
@@ -172,6 +173,7 @@ def create_app() -> Starlette:
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
+            *SESSION_ROUTES,
             Route("/", page, methods=["GET"]),
             Route("/openapi.json", document, methods=["GET"]),
             Route("/docs.json", document, methods=["GET"]),  # where BentoML has its own

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from serving.api.access import Access
 from serving.api.chat_template import ChatTemplate
 from serving.engine.engine import Engine
+from serving.sessions.manager import Sessions
 from serving.settings import Settings
 from yunmin.errors import RequestError
 from yunmin.language_model import LanguageModel
@@ -26,6 +27,7 @@ class Backend:
         settings: of the server.
         access: its keys.
         template: renders conversations; None where the model has none and none is configured.
+        sessions: that requests go on with; None where there are none (a batch needs none).
         created: unix seconds.
         users: requests that began with this backend and have not ended.
     """
@@ -35,6 +37,7 @@ class Backend:
     settings: Settings
     access: Access = field(default_factory=Access)
     template: ChatTemplate | None = None
+    sessions: Sessions | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
 

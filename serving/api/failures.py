@@ -9,7 +9,38 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from serving.engine.job import DeadlineError, EngineStoppedError, QueueFullError
-from yunmin.errors import RequestError, TokenizerError, YunminError
+from serving.sessions.errors import (
+    DamagedSessionError,
+    EmptySessionError,
+    PositionError,
+    SessionBusyError,
+    SessionConflictError,
+    SessionExpiredError,
+    SessionTooLongError,
+    StoreError,
+    StoreFullError,
+    UnknownSessionError,
+    UnknownStateError,
+    WrongModelError,
+)
+from yunmin.errors import RequestError, StateError, TokenizerError, YunminError
+
+# the first that fits
+_STATE_ERRORS: tuple[tuple[type[YunminError], int, str], ...] = (
+    (UnknownSessionError, 404, "session_not_found"),
+    (SessionExpiredError, 404, "session_expired"),
+    (UnknownStateError, 404, "state_not_found"),
+    (SessionBusyError, 409, "session_busy"),
+    (SessionConflictError, 409, "session_conflict"),
+    (PositionError, 409, "session_position"),
+    (SessionTooLongError, 409, "session_too_long"),
+    (EmptySessionError, 409, "session_empty"),
+    (WrongModelError, 409, "session_wrong_model"),
+    (DamagedSessionError, 500, "session_damaged"),
+    (StateError, 400, "invalid_state"),
+    (StoreFullError, 507, "session_store_full"),
+    (StoreError, 503, "session_store_unavailable"),
+)
 
 
 class ApiError(Exception):
@@ -65,8 +96,10 @@ def api_error(error: YunminError) -> ApiError:
             return ApiError(504, str(error), code="deadline_exceeded")
         case EngineStoppedError():
             return ApiError(503, str(error), code="engine_stopped")
-        case _:
-            return ApiError(500, str(error), code="generation_failed")
+    for kind, status, code in _STATE_ERRORS:
+        if isinstance(error, kind):
+            return ApiError(status, str(error), code=code)
+    return ApiError(500, str(error), code="generation_failed")
 
 
 def internal_error() -> ApiError:
