@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from yunmin.errors import MissingExtraError, RequestError, YunminError
@@ -26,6 +27,7 @@ Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
 MAX_SOURCE_LENGTH = 256 * 1024
 _KEPT = 64  # compiled constraints for each tokenizer
+_END = "<|end of constrained text|>"
 # a model may go on with spaces for ever where a schema allows any number of them
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 
@@ -59,7 +61,7 @@ class Constraint:
             _read_json(self.kind, self.source)
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Constraint:
+    def json_schema(cls, schema: Mapping[str, Any]) -> Constraint:
         """JSON that a schema, given as Python objects, accepts."""
         return cls("json_schema", json.dumps(schema))
 
@@ -75,16 +77,17 @@ class Matcher:
     Args:
         matcher: of llguidance, at the beginning of the text.
         kind: of the constraint, for errors.
-        vocabulary: ids that masks speak about; one more stands for the end of the text.
+        end_id: stands for the end of the text in masks, and is none of the model's.
+        size: ids that masks speak about.
         eos_ids: that end the text where it may end.
     """
 
-    def __init__(self, matcher: LLMatcher, kind: str, vocabulary: int, eos_ids: Sequence[int]) -> None:
+    def __init__(self, matcher: LLMatcher, kind: str, end_id: int, size: int, eos_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._kind = kind
-        self._end = vocabulary
+        self._end_id = end_id
         self._eos_ids = tuple(eos_ids)
-        self._mask = np.zeros(vocabulary // 32 + 1, np.uint32)
+        self._mask = np.zeros(-(-size // 32), np.uint32)
         self._address = self._mask.ctypes.data
 
     def allowed(self) -> NDArray[np.uint32] | None:
@@ -95,8 +98,8 @@ class Matcher:
         """
         self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
         self._check()
-        may_end = bool(self._mask[self._end // 32] >> np.uint32(self._end % 32) & np.uint32(1))
-        self._set(self._end, False)
+        may_end = bool(self._mask[self._end_id // 32] >> np.uint32(self._end_id % 32) & np.uint32(1))
+        self._set(self._end_id, False)
         for token_id in self._eos_ids:
             self._set(token_id, may_end)
         if not self._mask.any():
@@ -120,16 +123,37 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise YunminError(f"{self._kind}: {_first_line(self._matcher.get_error())}")
+            raise YunminError(f"{self._kind}: {_one_line(self._matcher.get_error())}")
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A tokenizer as llguidance wants it, with a token of its own for the end of the text.
+
+    The model's own end-of-text ids are no help: it may have none, or several, or one that is text to the tokenizer.
+    """
+
+    tokenizer: LLTokenizer
+    end_id: int
+    size: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, n_tokens: int) -> _Adapted:
+        extended = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+        extended.add_special_tokens([_END])
+        end_id = extended.token_to_id(_END)
+        assert end_id is not None
+        size = max(n_tokens, end_id + 1)
+        return cls(_llguidance().LLTokenizer(extended.to_str(), n_vocab=size, eos_token=end_id), end_id, size)
 
 
 class CompiledConstraint:
     """A constraint for one tokenizer; any number of sequences may begin with it."""
 
-    def __init__(self, matcher: LLMatcher, kind: str, vocabulary: int) -> None:
-        self._matcher = matcher
-        self._kind = kind
-        self._vocabulary = vocabulary
+    def __init__(self, constraint: Constraint, adapted: _Adapted) -> None:
+        self._adapted = adapted
+        self._kind = constraint.kind
+        self._beginning = _matcher(constraint, adapted.tokenizer)
 
     def begin(self, eos_ids: Sequence[int]) -> Matcher:
         """A matcher at the beginning of the text.
@@ -137,7 +161,7 @@ class CompiledConstraint:
         Args:
             eos_ids: ids that the text may end with; empty where only its grammar ends it.
         """
-        return Matcher(self._matcher.deep_copy(), self._kind, self._vocabulary, eos_ids)
+        return Matcher(self._beginning.deep_copy(), self._kind, self._adapted.end_id, self._adapted.size, eos_ids)
 
 
 def compile_constraint(constraint: Constraint, tokenizer: Tokenizer | None, n_tokens: int) -> CompiledConstraint:
@@ -149,12 +173,15 @@ def compile_constraint(constraint: Constraint, tokenizer: Tokenizer | None, n_to
         n_tokens: ids of the model that are no padding.
 
     Raises:
-        RequestError: the source is wrong, asks for what is not supported, or there is no tokenizer; the field it names
-            is the constraint's kind.
+        RequestError: the source is wrong, asks for what is not supported, or there is no tokenizer that fits; the field
+            it names is the constraint's kind.
         MissingExtraError: llguidance is not installed.
     """
     if tokenizer is None:
         raise RequestError(constraint.kind, "needs a tokenizer, and this model has none")
+    if tokenizer.vocab_size > n_tokens:  # llguidance might insist on one of those beyond
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {n_tokens}"
+        raise RequestError(constraint.kind, f"needs a model that has all tokens of its tokenizer: {sizes}")
     with _LOCK:
         compiler = _COMPILERS.get(tokenizer)
         if compiler is None:
@@ -167,19 +194,19 @@ class _Compiler:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tokenizers: dict[int, LLTokenizer] = {}
+        self._adapted: dict[int, _Adapted] = {}
         self._compiled: OrderedDict[tuple[Constraint, int], CompiledConstraint] = OrderedDict()
 
     def compile(self, constraint: Constraint, tokenizer: Tokenizer, n_tokens: int) -> CompiledConstraint:
-        vocabulary = max(n_tokens, tokenizer.vocab_size)
-        key = (constraint, vocabulary)
+        key = (constraint, n_tokens)
         with self._lock:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
-            if vocabulary not in self._tokenizers:
-                self._tokenizers[vocabulary] = _adapted(tokenizer, vocabulary)
-        compiled = CompiledConstraint(_matcher(constraint, self._tokenizers[vocabulary]), constraint.kind, vocabulary)
+            if n_tokens not in self._adapted:
+                self._adapted[n_tokens] = _Adapted.of(tokenizer, n_tokens)
+            adapted = self._adapted[n_tokens]
+        compiled = CompiledConstraint(constraint, adapted)  # others need not wait meanwhile
         with self._lock:
             self._compiled[key] = compiled
             while len(self._compiled) > _KEPT:
@@ -189,13 +216,6 @@ class _Compiler:
 
 _LOCK = threading.Lock()
 _COMPILERS: weakref.WeakKeyDictionary[Tokenizer, _Compiler] = weakref.WeakKeyDictionary()
-
-
-def _adapted(tokenizer: Tokenizer, vocabulary: int) -> LLTokenizer:
-    """A tokenizer as llguidance wants it, whose only end of text is an id behind all others."""
-    from_json = _llguidance().LLTokenizer
-    adapted: LLTokenizer = from_json(tokenizer.backend.to_str(), n_vocab=vocabulary + 1, eos_token=vocabulary)
-    return adapted
 
 
 def _matcher(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
@@ -209,10 +229,14 @@ def _matcher(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
         else:
             grammar = llguidance.grammar_from(kind, constraint.source)
     except ValueError as error:
-        raise RequestError(kind, _first_line(str(error))) from None
+        raise RequestError(kind, _one_line(str(error))) from None
     matcher: LLMatcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error():
-        raise RequestError(kind, _first_line(matcher.get_error()))
+        raise RequestError(kind, _one_line(matcher.get_error()))
+    trial = matcher.deep_copy()
+    trial.compute_bitmask()
+    if trial.is_error():
+        raise RequestError(kind, f"no text can match it, or it takes too much work ({_one_line(trial.get_error())})")
     return matcher
 
 
@@ -229,12 +253,15 @@ def _read_json(kind: str, source: str) -> None:
         value = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise RequestError(kind, f"must be JSON, {error}") from None
-    if kind == "json_schema" and not isinstance(value, dict | bool):
+    if kind == "json_schema" and not isinstance(value, dict):
         raise RequestError(kind, f"must be a JSON object, got {source[:40]!r}")
     is_list = isinstance(value, list) and value and all(isinstance(item, str) and item for item in value)
     if kind == "choice" and not is_list:
         raise RequestError(kind, "must be a list of non-empty strings")
 
 
-def _first_line(message: str) -> str:
-    return next((line.strip() for line in message.splitlines() if line.strip()), "refused without a reason")
+def _one_line(message: str) -> str:
+    """What llguidance says, without the drawings in between."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    told = [line for n, line in enumerate(lines) if n == 0 or line.startswith("error:")]
+    return " ".join(told) or "refused without a reason"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,10 +72,16 @@ def test_an_unknown_log_level_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "status", "named"),
     [
-        (["--max-tokens", "-3"], 1, "max_tokens: must be an integer >= 1, got -3"),
+        (["--max-tokens", "-3"], 1, "max_tokens: must be an integer >= 0, got -3"),
         (["--temperature", "-1"], 1, "temperature: must be a number"),
         (["--max-tokens", "x"], 2, "argument --max-tokens: invalid int value: 'x'"),
         (["--max-token", "3"], 2, "unrecognized arguments"),
+        (["--logprobs", "1"], 2, "--logprobs: needs --json"),
+        (["--logprobs", "21", "--json"], 1, "logprobs: must be an integer in 0..20, got 21"),
+        (["--stop-id", "300"], 1, "stop_token_ids: token ids must lie in 0..299, got 300"),
+        (["--regex", "(a"], 1, "regex: "),
+        (["--regex", "a", "--json-schema", "x"], 2, "not allowed with argument --regex"),
+        (["--json-schema", "/no/such/file"], 1, "json-schema: /no/such/file: "),
         (["--device", "nonsense"], 1, "device 'nonsense' cannot be used"),
     ],
 )
@@ -102,6 +109,23 @@ def test_generate_prints_json_or_streams_the_same_text(
     assert set(result) == {"text", "token_ids", "finish_reason", "prompt_tokens", "model"}
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == result["text"] + "\n"
+
+
+def test_generate_prints_logprobs_and_follows_constraints(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(model_folder), "--prompt", "Grüße", "--seed", "3"]
+    assert cli.main([*arguments, "--json", "--logprobs", "2", "--max-tokens", "7"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [entry["token_id"] for entry in result["logprobs"]] == result["token_ids"]
+    assert all(len(entry["top"]) == 2 for entry in result["logprobs"])
+    assert all(entry["logprob"] <= entry["top"][0]["logprob"] < 0 for entry in result["logprobs"])
+    assert cli.main([*arguments, "--regex", "[0-9]{3}"]) == 0
+    assert re.fullmatch(r"[0-9]{3}\n", capsys.readouterr().out)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, "ü"]}, "minItems": 2, "maxItems": 3}', encoding="utf-8")
+    assert cli.main([*arguments, "--json-schema", str(schema), "--stop-id", "299", "--ignore-eos"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) <= {1, "ü"}
 
 
 def test_generate_without_tokenizer_prints_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,12 @@ import torch
 import yunmin
 from tests.models import hf_model, random_pillars, random_tensors, small_config, write_adapters, write_model
 from yunmin.checkpoint import write_checkpoint
+from yunmin.constraints import Constraint
 from yunmin.errors import ConfigError, RequestError, TokenizerError, YunminError
-from yunmin.generate import Generation
+from yunmin.generate import Completion, Generation, Piece
 from yunmin.language_model import LanguageModel
-from yunmin.sampling import SamplingParams
+from yunmin.sampler import Sampler
+from yunmin.sampling import SamplingParams, sampling_params_from
 from yunmin.tokenizer import Tokenizer
 
 
@@ -73,6 +75,65 @@ def test_max_tokens_is_exact(model: LanguageModel) -> None:
         assert len(completion.token_ids) == n or completion.finish_reason == "stop"
 
 
+def test_no_tokens_are_an_empty_completion_that_ended_by_length(model: LanguageModel) -> None:
+    for prompt in ("abc", model.snapshot("abc")):
+        assert model.generate(prompt, max_tokens=0) == Completion("", (), "length", len(model.encode("abc")))
+        assert list(model.stream(prompt, max_tokens=0)) == [Piece(None, "", "length")]
+    assert model.generate("abc", max_tokens=0, logprobs=2).logprobs == ()
+
+
+def test_a_stop_id_ends_the_text_and_is_no_part_of_it(model: LanguageModel) -> None:
+    whole = model.generate("abc", max_tokens=60, seed=3)
+    stop_id = whole.token_ids[10]
+    cut = model.generate("abc", max_tokens=60, seed=3, stop_token_ids=[stop_id])
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(stop_id)]
+    assert model.tokenizer is not None
+    assert cut.text == model.tokenizer.decode(cut.token_ids)
+    assert cut.finish_reason == "stop"
+
+
+def test_the_end_of_text_is_passed_over_where_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = yunmin.load(write_model(tmp_path, small_config(eos_token_ids=(0, 7)), tokenizer=tokenizer))
+    forced: dict[str, Any] = {"max_tokens": 4, "logit_bias": {7: 100}, "temperature": 0}
+    assert model.generate("abc", **forced) == Completion("", (), "stop", len(model.encode("abc")))
+    assert model.generate("abc", **forced, ignore_eos=True).token_ids == (7, 7, 7, 7)
+    stopped = model.generate("abc", **forced, ignore_eos=True, stop_token_ids=[7])
+    assert (stopped.token_ids, stopped.finish_reason) == ((), "stop")
+
+
+def test_logprobs_are_the_models_own_whatever_is_done_to_choose(model: LanguageModel) -> None:
+    params: dict[str, Any] = {"max_tokens": 12, "seed": 1, "temperature": 2.0, "top_k": 9, "logit_bias": {5: 3.0}}
+    plain = model.generate("abc", **params)
+    completion = model.generate("abc", **params, logprobs=3)
+    assert completion.token_ids == plain.token_ids
+    assert (plain.logprobs, plain.top_logprobs) == (None, None)
+    assert completion.logprobs is not None
+    assert completion.top_logprobs is not None
+    ids = [*model.encode("abc"), *completion.token_ids]
+    with torch.no_grad():
+        rows = torch.log_softmax(model.runtime.forward(torch.tensor([ids]))[0, -13:-1].double(), -1)
+    for row, token_id, logprob, top in zip(
+        rows, completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True
+    ):
+        assert logprob == pytest.approx(row[token_id].item(), abs=1e-4)
+        assert [value for _, value in top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+    pieces = list(model.stream("abc", **params, logprobs=3))
+    assert tuple(p.logprob for p in pieces) == completion.logprobs
+    assert tuple(p.top_logprobs for p in pieces) == completion.top_logprobs
+
+
+@pytest.mark.parametrize("options", [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0, "repetition_penalty": 1.5}])
+def test_penalties_of_a_generation_count_its_own_tokens(model: LanguageModel, options: dict[str, Any]) -> None:
+    prompt = model.encode("abcabc")
+    completion = model.generate(prompt, max_tokens=25, temperature=0, **options)
+    sampler = Sampler(sampling_params_from({"temperature": 0, **options}), model.config.n_tokens, prompt)
+    logits, state = model.prefill(prompt)
+    for token_id in completion.token_ids:
+        assert sampler.choose(logits) == token_id
+        sampler.record(token_id)
+        logits, state = model.step(token_id, state)
+
+
 def test_a_snapshot_forks_and_continues_as_the_whole_prompt_does(model: LanguageModel) -> None:
     shared = model.snapshot("The quick ")
     before = shared.state.copy()
@@ -110,6 +171,9 @@ def test_prefill_and_step_are_the_models_logits(model: LanguageModel) -> None:
         ("a", {"max_tokens": -1}, "max_tokens"),
         ("a", {"temperature": -1}, "temperature"),
         ("a", {"max_token": 1}, "max_token"),
+        ("a", {"stop_token_ids": [300]}, "stop_token_ids"),
+        ("a", {"logit_bias": {"300": 1}}, "logit_bias"),
+        ("a", {"constraint": Constraint("regex", "(")}, "regex"),
     ],
 )
 def test_an_impossible_request_is_refused_before_any_piece(

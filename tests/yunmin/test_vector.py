@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from yunmin.kernels.comparisons import any_between, take_above, take_from, to_double
 from yunmin.kernels.jit import jit
 from yunmin.kernels.vector import LANES, exp2, larger, largest, load, sigmoid, silu, softplus, store, total
 
@@ -98,3 +99,24 @@ def test_reductions_take_every_lane(dtype: type[np.floating]) -> None:
     assert out[0] == x.sum()
     assert out[1] == x.max()
     assert (out[LANES:] == np.maximum(x, y)).all()
+
+
+@jit
+def _compare(x: NDArray[np.float32], values: NDArray[np.float64], bound: float, out: NDArray[np.float64]) -> bool:
+    store(out, 0, take_above(load(values, 0), bound, load(x, 0)))
+    store(out, LANES, take_from(load(values, 0), bound, load(x, 0)))
+    store(out, 2 * LANES, to_double(load(x, 0)))
+    return any_between(load(x, 0), bound, bound + 1.0)
+
+
+def test_comparisons_take_lanes_by_another_vector_and_never_where_it_is_nan() -> None:
+    x = np.arange(LANES, dtype=np.float32)
+    x[3] = np.nan
+    values, out = np.arange(1.0, LANES + 1), np.empty(3 * LANES)
+    assert _compare(x, values, 7.0, out)
+    np.testing.assert_array_equal(out[:LANES], np.where(x > 7, values, 0))
+    np.testing.assert_array_equal(out[LANES : 2 * LANES], np.where(x >= 7, values, 0))
+    np.testing.assert_array_equal(out[2 * LANES :], x.astype(np.float64))
+    assert not _compare(x, values, 2.5 - 1e-9, out)  # 2.5 to 3.5, where the only lane is NaN
+    assert _compare(x, values, 3.5, out)
+    assert not _compare(x, values, LANES - 1.0, out)
