@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import fsspec
 
 from serving.sessions.disk import DiskStore
 from serving.sessions.memory import CachedStore, MemoryStore
@@ -40,6 +43,48 @@ def next_record(record: SessionRecord, state: bytes, now: float = NOW, **values:
     return record.saved(now, position=len(state), state_bytes=len(state), **values)
 
 
+class BucketFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Behaves as drivers of object stores do: whole objects by name, folders only in names, creation refused by it."""
+
+    protocol = "bucket"
+    cachable = False
+    objects: ClassVar[dict[str, bytes]] = {}
+    lock = threading.Lock()
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+        with self.lock:
+            if mode == "create" and self._strip_protocol(path) in self.objects:
+                raise FileExistsError(path)
+            self.objects[self._strip_protocol(path)] = bytes(value)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        try:
+            return self.objects[self._strip_protocol(path)][start:end]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        begin = self._strip_protocol(path).rstrip("/") + "/"
+        with self.lock:
+            inside = {name: len(data) for name, data in self.objects.items() if name.startswith(begin)}
+        if not inside:
+            raise FileNotFoundError(path)
+        found = {}
+        for name, size in inside.items():
+            child, *deeper = name.removeprefix(begin).split("/")
+            kind = "directory" if deeper else "file"
+            found[begin + child] = {"name": begin + child, "size": 0 if deeper else size, "type": kind}
+        return list(found.values()) if detail else list(found)
+
+    def rm_file(self, path: str) -> None:
+        with self.lock:
+            if self.objects.pop(self._strip_protocol(path), None) is None:
+                raise FileNotFoundError(path)
+
+
+fsspec.register_implementation("bucket", BucketFileSystem, clobber=True)
+
+
 def memory_store(_: Path) -> Store:
     return MemoryStore(LARGE, 1000)
 
@@ -60,6 +105,10 @@ def shared_memory_store(_: Path) -> Store:
     return SharedStore(f"memory://{uuid.uuid4().hex}/sessions", 1000)
 
 
+def shared_bucket_store(_: Path) -> Store:
+    return SharedStore(f"bucket://{uuid.uuid4().hex}/sessions", 1000)
+
+
 def cached_shared_store(folder: Path) -> Store:
     return CachedStore(shared_local_store(folder), 150)
 
@@ -70,5 +119,6 @@ STORES: list[Callable[[Path], Store]] = [
     cached_disk_store,
     shared_local_store,
     shared_memory_store,
+    shared_bucket_store,
     cached_shared_store,
 ]
