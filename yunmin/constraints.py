@@ -179,9 +179,6 @@ def compile_constraint(constraint: Constraint, tokenizer: Tokenizer | None, n_to
     """
     if tokenizer is None:
         raise RequestError(constraint.kind, "needs a tokenizer, and this model has none")
-    if tokenizer.vocab_size > n_tokens:  # llguidance might insist on one of those beyond
-        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {n_tokens}"
-        raise RequestError(constraint.kind, f"needs a model that has all tokens of its tokenizer: {sizes}")
     with _LOCK:
         compiler = _COMPILERS.get(tokenizer)
         if compiler is None:
@@ -204,6 +201,9 @@ class _Compiler:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
             if n_tokens not in self._adapted:
+                if tokenizer.vocab_size > n_tokens:  # llguidance might insist on one of the tokens beyond
+                    sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {n_tokens}"
+                    raise RequestError(constraint.kind, f"needs a model that has all tokens of its tokenizer: {sizes}")
                 self._adapted[n_tokens] = _Adapted.of(tokenizer, n_tokens)
             adapted = self._adapted[n_tokens]
         compiled = CompiledConstraint(constraint, adapted)  # others need not wait meanwhile
