@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import yunmin
 from serving.engine.engine import Engine
 from serving.engine.job import DeadlineError, EngineStoppedError, Job, QueueFullError, SequenceError
 from serving.engine.streams import TokenStream
@@ -273,6 +275,28 @@ def test_probabilities_of_a_prompt_are_those_of_the_whole_sequence(model: Langua
                 assert entry[0] == pytest.approx(float(logprobs[position, ids[position + 1]]), abs=1e-5)
                 best = torch.topk(logprobs[position], 3)
                 assert [token for token, _ in entry[1]] == best.indices.tolist()
+
+    run(main())
+
+
+def test_the_torch_runtime_gives_the_same_tokens_and_nearly_the_same_logits(
+    model: LanguageModel, model_folder: Path
+) -> None:
+    other = yunmin.load(model_folder, device="cpu", runtime="torch")
+
+    async def main() -> None:
+        async with engine_on(other, runtime=WatchedRuntime(other), chunk=16, cache_bytes=PLENTY) as engine:
+            ids = model.encode(LONG)
+            jobs = [Job(ids[:cut], greedy(12), 60, keep=True) for cut in (9, 23, 40, len(ids))]
+            for _ in range(2):  # uncached and cached
+                streams = [engine.submit(job) for job in jobs]
+                results = await asyncio.gather(*map(read, streams))
+                for job, stream, result in zip(jobs, streams, results, strict=True):
+                    assert result == alone(model, list(job.prompt_ids), {"max_tokens": 12, "temperature": 0})
+                    assert stream.snapshot is not None
+                    expected = model.snapshot(stream.snapshot.token_ids).logits
+                    tolerance = 1e-4 * float(expected.abs().max())
+                    torch.testing.assert_close(stream.snapshot.logits, expected, rtol=0, atol=tolerance)
 
     run(main())
 
