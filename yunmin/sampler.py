@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from yunmin.errors import RequestError, YunminError
-from yunmin.kernels.sampling import BUCKETS, CHUNK, NONE_ALLOWED, NOT_FINITE, choose, log_probabilities
+from yunmin.kernels.candidates import BUCKETS, CHUNK
+from yunmin.kernels.sampling import NONE_ALLOWED, NOT_FINITE, choose, log_probabilities
 from yunmin.kernels.vector import LANES
 from yunmin.sampling import SamplingParams
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from yunmin.errors import RequestError, YunminError
+from yunmin.kernels.sampling import choose, log_probabilities
 from yunmin.sampler import Sampler, token_logprob
 from yunmin.sampling import SamplingParams, sampling_params_from
 
@@ -396,6 +397,18 @@ def test_a_row_of_any_stride_is_sampled() -> None:
     logits = random_logits(4, 600).reshape(300, 2)
     for column in range(2):
         assert Sampler(SamplingParams(temperature=0), 300).choose(logits[:, column]) == logits[:, column].argmax()
+
+
+def test_one_compiled_kernel_serves_every_request() -> None:
+    rng = np.random.default_rng(5)
+    for size in (3, 300):
+        for logits in (torch.zeros(size), torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size, 2)[:, 0]):
+            for mask in (None, bits({1}, size)):
+                Sampler(SamplingParams(**random_params(rng, size)), size, [1]).choose(logits, mask)
+                token_logprob(logits, size, 0, 2)
+    with torch.inference_mode():
+        Sampler(SamplingParams(temperature=1, top_k=10**30, logit_bias=((1, 1),)), 3).choose(torch.zeros(2, 3)[1])
+    assert len(choose.signatures) == len(log_probabilities.signatures) == 1
 
 
 @pytest.mark.parametrize("size", [1, 5, 300, 5000])
