@@ -42,6 +42,10 @@ peers: $(STAMP)  ## make .venv-peers/ with the engines that `yunmin bench compar
 	@echo "installing transformers, mambapy, onnxruntime and llama.cpp, which takes minutes to compile"
 	@.venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	@test -d .venv-peers/openvino || $(BIN)/python -m venv .venv-peers/openvino
+	@.venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check 'cmake>=3.21'
+	@echo "building llama.cpp's own server from the same sources, which takes minutes, too"
+	@test -x .venv-peers/llama-server/bin/llama-server || \
+	  .venv-peers/common/bin/python -m benchmarks.llama_server .venv-peers/llama-server/bin/llama-server
 	@echo "installing openvino"
 	@.venv-peers/openvino/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'optimum-intel[openvino]>=2.2' 'transformers<=5.3.0'

@@ -11,6 +11,10 @@ from yunmin.cli import parser
 _BENCHMARKS = {
     "latency": ("benchmarks.latency", "one request at a time: prefill, decode, time to first token, memory, size"),
     "compare": ("benchmarks.compare", "ours against transformers, mambapy, llama.cpp, OpenVINO, ..., in one run"),
+    "serve": (
+        "benchmarks.serve",
+        "serving over HTTP: against the engine alone, llama.cpp's servers, restarts, long prompts",
+    ),
     "train": ("benchmarks.train", "one training step, forward and backward, against transformers and mambapy"),
 }
 

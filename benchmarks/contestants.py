@@ -22,6 +22,7 @@ from yunmin.files import atomic_folder
 from yunmin.quantization.layout import FLOAT32, Quantization, stored_tensors
 from yunmin.quantization.packing import pack_tensors
 from yunmin.quantization.rounding import round_tensors
+from yunmin.tokenizer import copy_tokenizer
 
 PEERS = ("transformers", "mambapy", "llama.cpp", "openvino", "onnxruntime")
 OURS = "ours"
@@ -202,6 +203,7 @@ def _our_folder(kind: str, plain: Checkpoint, cache: Path, say: Say) -> tuple[Pa
         cost = cost_of(plain.config)
         with atomic_folder(folder, replace=True) as aside:
             write_checkpoint(aside, plain.config, packed, quantized)
+            copy_tokenizer(plain.folder, aside)
             write_manifest(
                 aside,
                 provenance={"source": str(plain.folder), "made_by": "benchmarks.compare, rounding to nearest"},

@@ -8,9 +8,11 @@ import torch
 
 from yunmin.checkpoint import write_checkpoint
 from yunmin.config import MambaConfig
+from yunmin.corpus import read_documents, texts_of
 from yunmin.errors import RequestError
 from yunmin.files import atomic_folder
 from yunmin.model import MambaLM
+from yunmin.tokenizer import Tokenizer
 
 # name -> (d_model, layers); `tiny` is for trying a command out, `130m-half` is 130m with half its inner channels cut,
 # the others are those of the Mamba paper
@@ -40,13 +42,14 @@ def shape_config(name: str) -> MambaConfig:
     )
 
 
-def random_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
+def random_checkpoint(name: str, folder: Path, *, seed: int = 0, with_tokenizer: bool = False) -> Path:
     """A checkpoint with Mamba's own initialization; written once, found again later.
 
     Args:
         name: of the shape.
         folder: where to write it, or where an earlier call did.
         seed: of the weights.
+        with_tokenizer: whether it takes text, by a tokenizer of its vocabulary that is trained on the standard library.
     """
     config = shape_config(name)
     if not (folder / "config.json").is_file():
@@ -54,4 +57,6 @@ def random_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
             model = MambaLM.initialized(config, torch.Generator().manual_seed(seed))
         with atomic_folder(folder) as aside:
             write_checkpoint(aside, config, model.tensors())
+            if with_tokenizer:
+                Tokenizer.train(texts_of(read_documents("stdlib")), config.vocab_size).save(aside)
     return folder
