@@ -25,6 +25,7 @@ _PASSED_ON = {
     "slots": "of states",
 }
 _LONGEST_S = "86400"
+_KEYS = frozenset({"API_KEYS", "API_KEY_FILE", "ADMIN_KEY"})  # nobody calls from outside
 
 JSON = dict[str, Any]
 
@@ -95,7 +96,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     """A server's settings, with what the command line says, and time enough for who waits in a long queue."""
     from serving.settings import PREFIX, read_settings
 
-    environ = {f"{PREFIX}DEADLINE_S": _LONGEST_S, **os.environ, f"{PREFIX}ARTIFACT": options.artifact}
+    environ = {name: value for name, value in os.environ.items() if name.removeprefix(PREFIX) not in _KEYS}
+    environ = {f"{PREFIX}DEADLINE_S": _LONGEST_S, **environ, f"{PREFIX}ARTIFACT": options.artifact}
     given = {f"{PREFIX}{name.upper()}": getattr(options, name) for name in _PASSED_ON}
     return read_settings(environ | {name: value for name, value in given.items() if value is not None})
 
@@ -107,14 +109,13 @@ async def _answer_all(
     from prometheus_client import CollectorRegistry
 
     from serving.api.app import create_app
-    from serving.api.backend import Backend
     from serving.batch_caller import Caller, Progress
-    from serving.launch import start_engine
+    from serving.launch import make_backend, start_engine
 
     engine = start_engine(model, settings, CollectorRegistry())
     try:
         app = create_app()
-        app.state.backend = Backend(model, engine, settings)
+        app.state.backend = make_backend(model, engine, settings)
         caller = Caller(app, requests.sha256, limit)
         with Progress(len(requests), answers.tally) as progress:
             async for answer in caller.answer_in_order(requests.read(answers.tally.total)):

@@ -114,6 +114,16 @@ def test_a_killed_run_is_gone_on_with_to_the_same_answers(model_folder: Path, tm
     assert without_moments(read_lines(killed)) == without_moments(read_lines(whole))
 
 
+def test_keys_of_a_server_do_not_concern_a_batch(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YUNMIN_API_KEYS", "secret")
+    monkeypatch.setenv("YUNMIN_API_KEY_FILE", str(tmp_path / "none"))
+    requests, answers = write_lines(tmp_path / "in.jsonl", [line("a")]), tmp_path / "out.jsonl"
+    assert main([str(model_folder), str(requests), str(answers)]) == 0
+    assert read_lines(answers)[0]["response"]["status_code"] == 200
+
+
 def test_a_finished_run_is_not_repeated(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     requests, answers = write_lines(tmp_path / "in.jsonl", [line("a"), line("b")]), tmp_path / "out.jsonl"
     assert main([str(model_folder), str(requests), str(answers)]) == 0
