@@ -85,7 +85,7 @@ class ObjectStore:
         """An object, or its first bytes; None where there is none."""
         with self._errors():
             try:
-                return bytes(self._files.cat_file(self._path(name), start=0, end=end))
+                return bytes(self._files.cat_file(self._path(name), start=None if end is None else 0, end=end))
             except FileNotFoundError:
                 return None
 

@@ -2,9 +2,9 @@
 
 Version 7 of a session is the object `SESSION/00000007`: a line of JSON with the record, the messages, the state. It is
 created whole, and only where there is no object of that name, so of two workers that have read version 6 one succeeds
-and the other is told. The greatest number is the session. A version that has been replaced is overwritten with an empty
-object and stays for a while, lest a worker that slept through the change create it anew; a deleted session ends with a
-last version that says so.
+and the other is told. The greatest number is the session. A version that has been replaced is overwritten with a few
+bytes that say so and stays for a while, lest a worker that slept through the change create it anew; a deleted session
+ends with a last version that says so.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from serving.sessions.store import Usage
 logger = logging.getLogger("yunmin.serving")
 
 _MAGIC = b"yunmin-session-1 "
+_REPLACED = b"replaced\n"  # not empty: S3 refuses to read the first bytes of nothing
 _HEAD_BYTES = 65_536  # the record is in the first of an object's; what clients may put into it is bounded
 _REPLACED_KEPT = 16  # versions back; a worker that saves must not have slept through more
 _DELETED_KEPT_S = 86_400.0  # no request takes as long
@@ -92,7 +93,7 @@ class SharedStore:
         end = head.begin + head.messages_bytes
         if end > len(data):
             whole = self._objects.read(_name(session_id, head.version), end)
-            if not whole:  # replaced since
+            if whole is None or len(whole) < end:  # replaced since
                 return self.find(session_id)
             data = whole
         return self._with_messages(head, data)
@@ -160,8 +161,8 @@ class SharedStore:
             head = found[0]
             self._remember(session_id, head)
         for version in sorted(sizes):
-            if version < last and sizes[version]:
-                self._objects.replace(_name(session_id, version), b"")
+            if version < last and sizes[version] != len(_REPLACED):
+                self._objects.replace(_name(session_id, version), _REPLACED)
         if head.record is None:
             if now > head.deleted + _DELETED_KEPT_S:
                 for version in sorted(sizes):  # the one that says so last
@@ -181,10 +182,10 @@ class SharedStore:
         return True
 
     def _replaced(self, session_id: str, version: int) -> None:
-        """Empties a version that is no longer the last; what fails here is done when sweeping."""
+        """Marks a version that is no longer the last; what fails here is done when sweeping."""
         with _logged():
             if version:
-                self._objects.replace(_name(session_id, version), b"")
+                self._objects.replace(_name(session_id, version), _REPLACED)
             if version > _REPLACED_KEPT:
                 self._objects.remove(_name(session_id, version - _REPLACED_KEPT))
 
@@ -199,14 +200,14 @@ class SharedStore:
 
     def _read(self, session_id: str, end: int | None = None) -> tuple[_Head, bytes] | None:
         """The head and the bytes of the last version, or its first bytes."""
-        emptied = 0
+        replaced = 0
         while version := self._last_version(session_id):
-            if version == emptied:
-                raise self._damaged(session_id, version, "it is empty, and no other has replaced it")
+            if version == replaced:
+                raise self._damaged(session_id, version, "it says that it has been replaced, and is the last")
             data = self._objects.read(_name(session_id, version), end)
-            if data:
+            if data is not None and data != _REPLACED:
                 return self._parsed(session_id, version, data), data
-            emptied = version  # since it was listed
+            replaced = version  # since it was listed
         return None
 
     def _parsed(self, session_id: str, version: int, data: bytes) -> _Head:

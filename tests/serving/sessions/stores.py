@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import uuid
 from collections.abc import Callable
@@ -58,10 +59,12 @@ class BucketFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fssp
             self.objects[self._strip_protocol(path)] = bytes(value)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        try:
-            return self.objects[self._strip_protocol(path)][start:end]
-        except KeyError:
-            raise FileNotFoundError(path) from None
+        data = self.objects.get(self._strip_protocol(path))
+        if data is None:
+            raise FileNotFoundError(path)
+        if start is not None and start >= len(data):
+            raise OSError(errno.EINVAL, "The requested range is not satisfiable")  # as S3 has it
+        return data[start:end]
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         begin = self._strip_protocol(path).rstrip("/") + "/"
