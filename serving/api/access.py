@@ -13,12 +13,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from serving.api import page
 from serving.api.failures import ApiError
 from serving.settings import Settings
 from yunmin.errors import ConfigError
 
 # answered without a key; BentoML answers /livez, /healthz and /readyz before they come here
-OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/docs.json"})
+OPEN_PATHS = page.OPEN_PATHS | {"/openapi.json", "/docs.json"}
 ADMIN_PREFIX = "/admin/"
 _MINUTE_S = 60.0
 
