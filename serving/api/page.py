@@ -1,4 +1,4 @@
-"""The page at `/` and the API's at `/docs`: files of `serving/page`, with headers that let them ask this server alone."""
+"""The page at `/` and Swagger UI at `/docs`: files of `serving/page`, which may ask this server alone."""
 
 from __future__ import annotations
 
