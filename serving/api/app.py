@@ -1,11 +1,6 @@
-"""The HTTP endpoints: bytes to a validated request, a stream of pieces to a response."""
+"""The application: which path leads where, and what becomes of errors."""
 
 from __future__ import annotations
-
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,98 +10,19 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from serving.api.backend import Backend
+from serving.api.completions import completions
 from serving.api.failures import ApiError, api_error
 from serving.api.gate import CLIENT_LEFT, Gate
+from serving.api.generate import generate, generate_stream
+from serving.api.models import list_models, show_model
 from serving.api.openapi import PAGE, openapi_document
-from serving.api.protocol import OPENAI_DEFAULT_MAX_TOKENS, CompletionRequest, GenerateRequest, parse_request
-from serving.api.record import backend_of, record_of
+from serving.api.record import record_of
 from serving.api.sessions import SESSION_ROUTES
-from serving.api.transport import DONE, ClientLeftError, EventStream, frame, read_body, while_connected
-from serving.engine.job import Job
-from serving.engine.streams import TokenStream
-from yunmin.errors import RequestError, YunminError
-from yunmin.generate import Piece
-from yunmin.sampling import SamplingParams
+from serving.api.transport import ClientLeftError
+from yunmin.errors import YunminError
 
-Frames = Callable[[Piece], AsyncIterator[bytes]]
 # BentoML answers these
 _PROBES = frozenset({"/livez", "/healthz", "/readyz", "/metrics", "/schema.json"})
-
-
-async def generate(request: Request) -> Response:
-    """JSON in, JSON out."""
-    stream = await _submit_generation(request)
-    with stream:
-        pieces = await while_connected(request.receive, _all_pieces(stream))
-    return JSONResponse(
-        {
-            "text": "".join(piece.text for piece in pieces),
-            "token_ids": stream.generation.token_ids,
-            **_ending(stream, pieces[-1]),
-        }
-    )
-
-
-async def generate_stream(request: Request) -> Response:
-    """JSON in, an event per piece out."""
-    stream = await _submit_generation(request)
-
-    async def frames(first: Piece) -> AsyncIterator[bytes]:
-        async for piece in _pieces_from(first, stream):
-            event: dict[str, Any] = {"token_id": piece.token_id, "text": piece.text}
-            yield frame(event if piece.finish_reason is None else event | _ending(stream, piece))
-
-    return await _event_stream(request, stream, frames)
-
-
-async def completions(request: Request) -> Response:
-    """OpenAI's completions."""
-    backend = _backend(request)
-    asked = parse_request(CompletionRequest, await read_body(request, backend.settings.max_body_bytes))
-    asked.check_supported()
-    _check_model(asked.model, backend)
-    default = min(OPENAI_DEFAULT_MAX_TOKENS, backend.settings.max_tokens)
-    params = asked.sampling(backend.settings.max_tokens, default)
-    stream = await _submit(backend, *asked.prompt_field(), params)
-    head = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": backend.settings.served_name,
-    }
-
-    def choice(text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-    if not asked.stream:
-        with stream:
-            pieces = await while_connected(request.receive, _all_pieces(stream))
-        text = "".join(piece.text for piece in pieces)
-        return JSONResponse(head | {"choices": [choice(text, pieces[-1].finish_reason)], "usage": _usage(stream)})
-    include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-
-    async def frames(first: Piece) -> AsyncIterator[bytes]:
-        no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        async for piece in _pieces_from(first, stream):
-            if piece.text or piece.finish_reason is not None:
-                yield frame(head | {"choices": [choice(piece.text, piece.finish_reason)]} | no_usage)
-        if include_usage:
-            yield frame(head | {"choices": [], "usage": _usage(stream)})
-
-    return await _event_stream(request, stream, frames)
-
-
-async def list_models(request: Request) -> Response:
-    """The served model, as a list of one."""
-    return JSONResponse({"object": "list", "data": [_model_record(_backend(request))]})
-
-
-async def show_model(request: Request) -> Response:
-    """The served model, by its name."""
-    backend = _backend(request)
-    _check_model(request.path_params["name"], backend)
-    return JSONResponse(_model_record(backend))
 
 
 async def document(_: Request) -> Response:
@@ -187,91 +103,3 @@ def create_app() -> Starlette:
             ClientLeftError: on_client_left,
         },
     )
-
-
-def _backend(request: Request) -> Backend:
-    return backend_of(request)
-
-
-async def _submit_generation(request: Request) -> TokenStream:
-    backend = _backend(request)
-    asked = parse_request(GenerateRequest, await read_body(request, backend.settings.max_body_bytes))
-    params = asked.sampling(backend.settings.max_tokens)
-    limit = backend.settings.deadline_s
-    if asked.timeout_s is not None and not 0 < asked.timeout_s <= limit:  # NaN fails this, too
-        raise RequestError("timeout_s", f"must be above 0 and at most {limit:g}, got {asked.timeout_s!r}")
-    return await _submit(backend, *asked.prompt_field(), params, asked.timeout_s)
-
-
-async def _submit(
-    backend: Backend, field: str, prompt: str | list[int], params: SamplingParams, deadline_s: float | None = None
-) -> TokenStream:
-    """Validates the prompt and queues the sequence."""
-    if params.stop and backend.model.tokenizer is None:
-        raise RequestError("stop", "needs a tokenizer, and this model has none")
-    token_ids = await backend.encode(field, prompt)
-    return backend.engine.submit(Job(token_ids, params, deadline_s or backend.settings.deadline_s))
-
-
-async def _all_pieces(stream: TokenStream) -> list[Piece]:
-    return [piece async for piece in stream]
-
-
-async def _pieces_from(first: Piece, stream: TokenStream) -> AsyncIterator[Piece]:
-    yield first
-    async for piece in stream:
-        yield piece
-
-
-async def _event_stream(request: Request, stream: TokenStream, frames: Frames) -> Response:
-    """Waits for the first piece, so that what fails before it still has a status code of its own."""
-    try:
-        first = await while_connected(request.receive, anext(stream))
-    except BaseException:
-        stream.cancel()
-        raise
-
-    async def guarded() -> AsyncIterator[bytes]:
-        try:
-            async for data in frames(first):
-                yield data
-        except YunminError as error:
-            yield frame(api_error(error).body())
-            return  # without [DONE]: this is no clean end
-        yield DONE
-
-    return EventStream(guarded(), stream.cancel)
-
-
-def _usage(stream: TokenStream) -> dict[str, int]:
-    generated = len(stream.generation.token_ids)
-    return {
-        "prompt_tokens": stream.prompt_tokens,
-        "completion_tokens": generated,
-        "total_tokens": stream.prompt_tokens + generated,
-    }
-
-
-def _ending(stream: TokenStream, last: Piece) -> dict[str, Any]:
-    timings = stream.timings.to_dict(len(stream.generation.token_ids))
-    return {"finish_reason": last.finish_reason, "usage": _usage(stream), "timings": timings}
-
-
-def _check_model(name: str | None, backend: Backend) -> None:
-    served = backend.settings.served_name
-    if name is not None and name != served:
-        raise ApiError(404, f"model: expected {served!r}, got {name!r}", param="model", code="model_not_found")
-
-
-def _model_record(backend: Backend) -> dict[str, Any]:
-    config = backend.model.config
-    return {
-        "id": backend.settings.served_name,
-        "object": "model",
-        "created": backend.created,
-        "owned_by": "yunmin",
-        "max_prompt_tokens": backend.settings.max_prompt_tokens,
-        "max_tokens": backend.settings.max_tokens,
-        "n_layers": config.n_layers,
-        "vocabulary": config.n_tokens,
-    }

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serving.api.protocol import CompletionRequest, GenerateRequest
+from serving.api.completion_request import CompletionRequest
+from serving.api.generate import GenerateRequest
 from yunmin import __version__
 
 _REF = "#/components/schemas/{model}"

@@ -1,8 +1,8 @@
-"""Requests and responses: their fields, and what is refused by name."""
+"""What all requests share: how a body becomes one, how tokens are chosen, where to go on from."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -10,142 +10,118 @@ from serving.api.failures import ApiError
 from yunmin.errors import RequestError
 from yunmin.sampling import SamplingParams, sampling_params_from
 
-OPENAI_DEFAULT_MAX_TOKENS = 16
+MAX_PRIORITY = 10
 
 _SAMPLING_FIELDS = (
-    "max_tokens",
     "temperature",
     "top_k",
     "top_p",
     "min_p",
     "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
     "seed",
     "stop",
+    "stop_token_ids",
+    "ignore_eos",
 )
 _EXPECTED = {
-    "prompt": "must be a string or a list of token ids",
+    "prompt": "must be a string, a list of token ids, or a list of either",
     "token_ids": "must be a list of integers",
     "stop": "must be a string or a list of strings",
+    "input": "must be a string or a list of messages",
 }
 
 
-class _Request(BaseModel):
+class Body(BaseModel):
+    """A JSON object with these fields and no others."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    max_tokens: int | None = Field(None, description="most tokens to generate, at least 1")
+
+class JsonSchemaFormat(Body):
+    """OpenAI's wrapping of a JSON schema."""
+
+    name: str | None = Field(None, description="accepted and not used")
+    description: str | None = Field(None, description="accepted and not used")
+    schema_: dict[str, Any] = Field(alias="schema", description="a JSON schema that the text must match")
+    strict: bool | None = Field(None, description="accepted; the schema is always kept to")
+
+
+class ResponseFormat(Body):
+    """What the text must be, in OpenAI's words."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StreamOptions(Body):
+    """What a stream adds."""
+
+    include_usage: bool = Field(False, description="end with a chunk that has the usage and no choices")
+
+
+class GenerationBody(Body):
+    """Fields of every request that generates."""
+
     temperature: float | None = Field(None, description="0 is greedy; else the logits are divided by it (1)")
     top_k: int | None = Field(None, description="keep the k best tokens; 0 keeps all (0)")
     top_p: float | None = Field(None, description="keep the best tokens that reach this probability (1)")
     min_p: float | None = Field(None, description="drop tokens less probable than this times the best (0)")
     repetition_penalty: float | None = Field(None, description="above 1 makes tokens seen before less likely (1)")
-    seed: int | None = Field(None, description="makes sampling repeatable")
+    presence_penalty: float | None = Field(None, description="-2..2, subtracted once from generated tokens' logits (0)")
+    frequency_penalty: float | None = Field(None, description="-2..2, subtracted each time they were generated (0)")
+    logit_bias: dict[str, float] | None = Field(None, description="-100..100 by token id, added to logits")
+    seed: int | None = Field(None, description="makes sampling repeatable; the i-th of n choices uses seed + i")
     stop: str | list[str] | None = Field(None, description="strings that end generation; not part of the text")
+    stop_token_ids: list[int] | None = Field(None, description="token ids that end generation; not part of the text")
+    ignore_eos: bool | None = Field(None, description="go on after the model's end of text (false)")
+    response_format: ResponseFormat | None = Field(None, description="text, any JSON object, or a JSON schema")
+    regex: str | None = Field(None, description="a regular expression that the whole text must match")
+    grammar: str | None = Field(None, description="a Lark or GBNF grammar that the whole text must match")
+    choice: list[str] | None = Field(None, description="the text must be one of these")
+    session_id: str | None = Field(None, description="go on from this session, and save it where this request ends")
+    session_position: int | None = Field(None, description="refuse unless the session has read so many tokens")
+    state: str | None = Field(None, description="go on from this named state, see /v1/states")
+    priority: int | None = Field(
+        None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="higher is served first; one is worth 10 s of waiting (0)"
+    )
 
-    def sampling(self, limit: int, default_max_tokens: int | None = None) -> SamplingParams:
+    def sampling(
+        self,
+        max_tokens: int | None,
+        limit: int,
+        *,
+        default: int | None = None,
+        field: str = "max_tokens",
+        **more: Any,
+    ) -> SamplingParams:
         """The fields as sampling parameters.
 
         Args:
+            max_tokens: of the request.
             limit: most tokens the server allows.
-            default_max_tokens: where the request names none; None takes the library's.
+            default: tokens where the request names none; None takes the library's.
+            field: what the request calls `max_tokens`.
+            **more: further parameters, as `SamplingParams` names them.
 
         Raises:
             RequestError: a value is impossible; names the field.
         """
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
-        if values["max_tokens"] is None and default_max_tokens is not None:
-            values["max_tokens"] = default_max_tokens
-        if values["max_tokens"] is None:
-            values["max_tokens"] = min(SamplingParams.max_tokens, limit)
-        params = sampling_params_from(values)
+        tokens = max_tokens
+        if tokens is None:
+            tokens = min(SamplingParams.max_tokens if default is None else default, limit)
+        try:
+            params = sampling_params_from(values | more | {"max_tokens": tokens})
+        except RequestError as error:
+            if error.field != "max_tokens":
+                raise
+            raise RequestError(field, str(error).removeprefix("max_tokens: ")) from None
         if params.max_tokens > limit:
-            raise RequestError("max_tokens", f"must be at most {limit} on this server, got {params.max_tokens}")
+            raise RequestError(field, f"must be at most {limit} on this server, got {params.max_tokens}")
         return params
-
-
-class GenerateRequest(_Request):
-    """Body of `/generate` and `/generate_stream`; exactly one of `prompt` and `token_ids`."""
-
-    prompt: str | None = Field(None, description="text to continue")
-    token_ids: list[int] | None = Field(None, description="token ids to continue")
-    timeout_s: float | None = Field(None, description="end after this many seconds; at most the server's own limit")
-
-    def prompt_field(self) -> tuple[str, str | list[int]]:
-        """The name and value of the prompt.
-
-        Raises:
-            RequestError: there is none, or there are two.
-        """
-        if self.prompt is not None and self.token_ids is not None:
-            raise RequestError("token_ids", "give either prompt or token_ids, not both")
-        if self.token_ids is not None:
-            return "token_ids", self.token_ids
-        if self.prompt is None:
-            raise RequestError("prompt", "is missing: give a prompt or token_ids")
-        return "prompt", self.prompt
-
-
-class StreamOptions(BaseModel):
-    """What a stream of completions adds."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool = Field(False, description="end with a chunk that has the usage and no choices")
-
-
-class CompletionRequest(_Request):
-    """Body of `/v1/completions`; OpenAI's, and `top_k`, `min_p` and `repetition_penalty` beside it."""
-
-    prompt: str | list[int] | list[str] = Field(description="text, a list with one text, or token ids")
-    model: str | None = Field(None, description="the served model's name, as `/v1/models` lists it")
-    stream: bool | None = Field(None, description="whether to answer with server-sent events")
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted and not used")
-    n: int | None = Field(None, description="only 1")
-    best_of: int | None = Field(None, description="only 1")
-    echo: bool | None = Field(None, description="only false")
-    logprobs: int | None = Field(None, description="only null")
-    suffix: str | None = Field(None, description="only null or empty")
-    presence_penalty: float | None = Field(None, description="only 0")
-    frequency_penalty: float | None = Field(None, description="only 0")
-    logit_bias: dict[str, float] | None = Field(None, description="only null or empty")
-
-    def check_supported(self) -> None:
-        """Refuses what would change the result and is not implemented.
-
-        Raises:
-            ApiError: names the field.
-        """
-        neutral: dict[str, tuple[Any, ...]] = {
-            "n": (None, 1),
-            "best_of": (None, 1),
-            "echo": (None, False),
-            "logprobs": (None,),
-            "suffix": (None, ""),
-            "presence_penalty": (None, 0),
-            "frequency_penalty": (None, 0),
-            "logit_bias": (None, {}),
-        }
-        for name, allowed in neutral.items():
-            if (value := getattr(self, name)) not in allowed:
-                message = f"{name}: {value!r} is not supported by this server"
-                raise ApiError(400, message, param=name, code="unsupported_parameter")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options", "is only allowed when stream is true")
-
-    def prompt_field(self) -> tuple[str, str | list[int]]:
-        """The name and value of the prompt.
-
-        Raises:
-            RequestError: it is a list of several texts.
-        """
-        ids: list[int] = []
-        for item in () if isinstance(self.prompt, str) else self.prompt:
-            if isinstance(item, str):
-                if len(self.prompt) != 1:
-                    raise RequestError("prompt", f"one text per request, got a list of {len(self.prompt)}")
-                return "prompt", item
-            ids.append(item)
-        return "prompt", self.prompt if isinstance(self.prompt, str) else ids
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -169,17 +145,17 @@ def parse_request(kind: type[R], body: bytes) -> R:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     kind = first["type"]
     if kind == "json_invalid":
         return ApiError(400, f"the body must be JSON: {first['ctx']['error']}", code="invalid_json")
     if not first["loc"]:
         return ApiError(400, "the body must be a JSON object", code="invalid_json")
     field = str(first["loc"][0])
+    name = ".".join(str(part) for part in first["loc"])
     if kind == "missing":
-        return ApiError(400, f"{field}: is missing", param=field, code="missing_field")
+        return ApiError(400, f"{name}: is missing", param=name, code="missing_field")
     if kind == "extra_forbidden":
-        name = ".".join(str(part) for part in first["loc"])
         return ApiError(400, f"{name}: unknown parameter", param=name, code="unknown_parameter")
     message = _EXPECTED.get(field, first["msg"][:1].lower() + first["msg"][1:])
     return ApiError(400, f"{field}: {message}", param=field, code="invalid_type")

@@ -55,10 +55,15 @@ def new_record(scope: Scope, backend: Backend) -> Record:
     return record
 
 
+def record_in(scope: Scope) -> Record:
+    """The record of the request whose scope this is."""
+    record: Record = scope[_SCOPE_KEY]
+    return record
+
+
 def record_of(request: Request) -> Record:
     """The record of the request that a handler serves."""
-    record: Record = request.scope[_SCOPE_KEY]
-    return record
+    return record_in(request.scope)
 
 
 def backend_of(request: Request) -> Backend:

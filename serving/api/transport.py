@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -13,12 +13,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serving.api.failures import ApiError
+from serving.api.record import record_in
 
 T = TypeVar("T")
 
 _DRAIN_S = 2.0
 _DRAIN_BODIES = 16
-DONE = b"data: [DONE]\n\n"
 
 
 class ClientLeftError(Exception):
@@ -93,9 +93,10 @@ async def _departure(receive: Receive) -> None:
         pass
 
 
-def frame(event: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def frame(event: dict[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event, with its name where the protocol has names."""
+    data = b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return data if name is None else b"event: " + name.encode() + b"\n" + data
 
 
 class EventStream(Response):
@@ -103,24 +104,26 @@ class EventStream(Response):
 
     Args:
         frames: framed events; it reports its own errors as events, since the status has been sent by then.
-        on_close: called when the last frame is sent or the client has left.
+        on_close: awaited when the last frame is sent or the client has left.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncIterator[bytes], on_close: Callable[[], None]) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes], on_close: Callable[[], Awaitable[None]]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames
         self._on_close = on_close
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            with contextlib.suppress(ClientLeftError):
-                await while_connected(receive, self._send_all(send))
+            await while_connected(receive, self._send_all(send))
+        except ClientLeftError:
+            record_in(scope).outcome = "client_left"
         finally:
-            self._on_close()
+            await self._frames.aclose()
+            await self._on_close()
 
     async def _send_all(self, send: Send) -> None:
         async for data in self._frames:

@@ -74,7 +74,7 @@ def test_an_unexpected_error_is_a_500_that_tells_nothing_inside(
         raise RuntimeError("secret path")
 
     app = app_without_tokenizer(model, engine)
-    monkeypatch.setattr(engine, "submit", broken)
+    monkeypatch.setattr(engine, "submit_all", broken)
     failed = run(app, "/generate", {"token_ids": [5]})
     assert failed.status_code == 500
     assert "secret" not in failed.text

@@ -73,6 +73,7 @@ def test_generate_gives_what_the_library_gives(running: Running, model: Language
         "prompt_tokens": expected.prompt_tokens,
         "completion_tokens": count,
         "total_tokens": expected.prompt_tokens + count,
+        "prompt_tokens_details": {"cached_tokens": answer["usage"]["prompt_tokens_details"]["cached_tokens"]},
     }
     timings = answer["timings"]
     assert 0 <= timings["queue_ms"] <= timings["time_to_first_token_ms"] <= timings["total_ms"]

@@ -69,18 +69,23 @@ def test_sampling_fields_beyond_openai_pass_as_extra_body(client: openai.OpenAI,
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("best_of", 3),
-        ("echo", True),
-        ("logprobs", 0),
+        ("n", 0),
+        ("n", 129),
+        ("n", 5),
+        ("best_of", 0),
+        ("logprobs", 21),
         ("suffix", "end"),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("logit_bias", {"5": 10}),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"9999": 1}),
         ("max_tokens", -1),
         ("prompt", ""),
-        ("prompt", ["a", "b"]),
+        ("prompt", ["a", ""]),
+        ("prompt", ["a", 1]),
         ("prompt", []),
+        ("prompt", [[]]),
         ("stream_options", {"include_usage": True}),
     ],
 )
@@ -94,7 +99,15 @@ def test_what_is_unsupported_or_impossible_is_refused_by_name(client: openai.Ope
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 1), ("best_of", 1), ("echo", False), ("logprobs", None), ("presence_penalty", 0), ("logit_bias", {})],
+    [
+        ("n", 1),
+        ("best_of", 1),
+        ("echo", False),
+        ("logprobs", None),
+        ("presence_penalty", 0),
+        ("logit_bias", {}),
+        ("suffix", ""),
+    ],
 )
 def test_neutral_values_are_accepted(client: openai.OpenAI, field: str, value: Any) -> None:
     arguments: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 4} | {field: value}
