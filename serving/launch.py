@@ -27,7 +27,7 @@ def load_served(settings: Settings) -> LanguageModel:
 
 
 def start_engine(model: LanguageModel, settings: Settings, registry: CollectorRegistry) -> Engine:
-    """An engine that runs as the settings say.
+    """An engine that runs as the settings say, whose first request finds everything compiled.
 
     Args:
         model: to generate with.
@@ -45,6 +45,7 @@ def start_engine(model: LanguageModel, settings: Settings, registry: CollectorRe
         cache_bytes=settings.cache_bytes,
         cache_interval=settings.cache_interval,
     )
+    model.generate([0], max_tokens=2, temperature=1.0, seed=0)
     engine.start()
     return engine
 
