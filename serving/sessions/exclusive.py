@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import fsspec
@@ -20,7 +21,8 @@ from yunmin.errors import MissingExtraError
 
 _ASIDE = ".aside-"
 _STALE_S = 86_400.0  # no write takes a day
-_memory_lock = threading.Lock()  # fsspec's memory is one for all file systems of a process
+# fsspec's memory is one for all file systems of a process, and threads may not share it
+_memory_lock = threading.RLock()
 
 
 class ObjectStore:
@@ -36,6 +38,7 @@ class ObjectStore:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self._lock: AbstractContextManager[object] = contextlib.nullcontext()
         with self._errors():
             try:
                 # another worker's objects must be seen at once
@@ -44,6 +47,8 @@ class ObjectStore:
                 raise MissingExtraError(str(error.name or error), "serve", f"session_url {url}") from None
             except ValueError as error:
                 raise StoreError(f"session_url {url}: {error}") from None
+        if isinstance(self._files, MemoryFileSystem):
+            self._lock = _memory_lock
         if not self._creates_exclusively():
             raise StoreError(f"session_url {url}: this file system cannot create an object only where there is none")
         with self._errors():
@@ -62,9 +67,6 @@ class ObjectStore:
                 if isinstance(self._files, LocalFileSystem):
                     with self._aside(path, data) as aside:
                         os.link(aside, path)
-                elif isinstance(self._files, MemoryFileSystem):
-                    with _memory_lock:
-                        self._files.pipe_file(path, data, mode="create")
                 else:
                     self._files.pipe_file(path, data, mode="create")
             except FileExistsError:
@@ -118,7 +120,7 @@ class ObjectStore:
 
     def remove_folder(self, folder: str) -> None:
         """Removes a folder that is empty; object stores have none."""
-        with contextlib.suppress(OSError, NotImplementedError):
+        with self._lock, contextlib.suppress(OSError, NotImplementedError):
             self._files.rmdir(self._path(folder))
 
     def remove_leftovers(self) -> None:
@@ -166,7 +168,8 @@ class ObjectStore:
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
-            yield
+            with self._lock:
+                yield
         except (StoreError, MissingExtraError):
             raise
         except Exception as error:  # drivers raise whatever their clients do
