@@ -37,15 +37,15 @@ else
 endif
 
 # openvino's exporter wants an older transformers than ours; llama.cpp is compiled for this processor
-peers: $(STAMP)  ## make .venv-peers/ with the engines that `yunmin bench compare` measures ours against
+peers: $(STAMP)  ## make .venv-peers/ with the engines and servers that benchmarks measure ours against
 	@test -d .venv-peers/common || $(BIN)/python -m venv .venv-peers/common
 	@echo "installing transformers, mambapy, onnxruntime and llama.cpp, which takes minutes to compile"
 	@.venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	@test -x .venv-peers/llama-server/bin/llama-server || { \
+	  echo "building llama.cpp's own server from the same sources, which takes minutes, too" && \
+	  .venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check 'cmake>=3.21' && \
+	  .venv-peers/common/bin/python -m benchmarks.llama_server .venv-peers/llama-server/bin/llama-server; }
 	@test -d .venv-peers/openvino || $(BIN)/python -m venv .venv-peers/openvino
-	@.venv-peers/common/bin/python -m pip install --quiet --disable-pip-version-check 'cmake>=3.21'
-	@echo "building llama.cpp's own server from the same sources, which takes minutes, too"
-	@test -x .venv-peers/llama-server/bin/llama-server || \
-	  .venv-peers/common/bin/python -m benchmarks.llama_server .venv-peers/llama-server/bin/llama-server
 	@echo "installing openvino"
 	@.venv-peers/openvino/bin/python -m pip install --quiet --disable-pip-version-check \
 	  'optimum-intel[openvino]>=2.2' 'transformers<=5.3.0'
