@@ -47,6 +47,7 @@ def _model_record(backend: Backend) -> dict[str, Any]:
         "max_tokens": settings.max_tokens,
         "n_layers": config.n_layers,
         "vocabulary": config.n_tokens,
+        "state_bytes": backend.model.runtime.new_state(1).nbytes,  # of a sequence, whatever its length
         "has_tokenizer": backend.model.tokenizer is not None,
         "has_chat_template": backend.template is not None,
     }
