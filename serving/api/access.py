@@ -19,7 +19,7 @@ from serving.settings import Settings
 from yunmin.errors import ConfigError
 
 # answered without a key; BentoML answers /livez, /healthz and /readyz before they come here
-OPEN_PATHS = page.OPEN_PATHS | {"/openapi.json", "/docs.json"}
+OPEN_PATHS = page.OPEN_PATHS | {"/openapi.json", "/docs.json", "/health"}
 ADMIN_PREFIX = "/admin/"
 _MINUTE_S = 60.0
 

@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
@@ -15,8 +15,9 @@ from serving.api.failures import ApiError, api_error
 from serving.api.gate import CLIENT_LEFT, Gate
 from serving.api.generate import generate, generate_stream
 from serving.api.models import list_models, show_model
-from serving.api.openapi import PAGE, openapi_document
-from serving.api.record import record_of
+from serving.api.openapi import openapi_document
+from serving.api.page import page_routes
+from serving.api.record import backend_of, record_of
 from serving.api.sessions import SESSION_ROUTES
 from serving.api.transport import ClientLeftError
 from yunmin.errors import YunminError
@@ -29,8 +30,11 @@ async def document(_: Request) -> Response:
     return JSONResponse(openapi_document())
 
 
-async def page(_: Request) -> Response:
-    return HTMLResponse(PAGE)
+async def health(request: Request) -> Response:
+    """Readiness, at the path where load balancers and load generators look for it."""
+    if not backend_of(request).engine.accepting:
+        raise ApiError(503, "the engine does not take requests", code="engine_stopped")
+    return Response()
 
 
 async def unmatched(request: Request) -> Response:
@@ -90,7 +94,8 @@ def create_app() -> Starlette:
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             *SESSION_ROUTES,
-            Route("/", page, methods=["GET"]),
+            *page_routes(),
+            Route("/health", health, methods=["GET"]),
             Route("/openapi.json", document, methods=["GET"]),
             Route("/docs.json", document, methods=["GET"]),  # where BentoML has its own
             _Unmatched(),

@@ -12,17 +12,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.api.backend import Backend
+from serving.api.chunks import ChunkWriter
 from serving.api.completion_request import CompletionRequest
-from serving.api.failures import ApiError
 from serving.api.logprobs import LegacyLogprobs, mean_logprob
 from serving.api.models import check_model
 from serving.api.protocol import parse_request
 from serving.api.record import record_of
 from serving.api.run import Asked, Run, text_of
 from serving.api.start import start_of
-from serving.api.streaming import DONE, TextFrame, event_stream
+from serving.api.streaming import event_stream
 from serving.api.structured import constraint_of
-from serving.api.transport import frame, read_body, while_connected
+from serving.api.transport import read_body, while_connected
 from yunmin.generate import Piece
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -70,7 +70,7 @@ async def completions(request: Request) -> Response:
         return JSONResponse(answer)
 
 
-class _Writer:
+class _Writer(ChunkWriter):
     """Choices as JSON, whole or piece by piece.
 
     Args:
@@ -81,20 +81,18 @@ class _Writer:
     """
 
     def __init__(self, asked: CompletionRequest, run: Run, tails: list[list[int]], backend: Backend) -> None:
-        self._asked = asked
-        self._run = run
-        self._tails = tails
-        self._backend = backend
-        self._head = {
+        head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": backend.settings.served_name,
         }
-        self._includes_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        self._frames = [TextFrame(self._chunk(index, TextFrame.SLOT, None, None)) for index in range(len(run.streams))]
+        super().__init__(run, head, asked.stream_options)
+        self._asked = asked
+        self._tails = tails
+        self._backend = backend
         self._logprobs: dict[int, LegacyLogprobs] = {}
-        self._begun: set[int] = set()
+        self._to_begin = set(range(len(run.streams))) if asked.echo or asked.logprobs is not None else set()
 
     def whole(self, found: list[list[Piece]]) -> dict[str, Any]:
         """The answer to a request that is not streamed.
@@ -104,57 +102,37 @@ class _Writer:
         """
         choices: list[dict[str, Any]] = []
         for prompt in range(len(self._tails)):
-            copies = range(prompt * self._asked.copies, (prompt + 1) * self._asked.copies)
-            best = sorted(copies, key=lambda index: -mean_logprob(found[index])) if self._is_ranked else copies
-            for index in list(best)[: self._asked.choices]:
+            copies = list(range(prompt * self._asked.copies, (prompt + 1) * self._asked.copies))
+            if self._asked.copies > self._asked.choices:
+                copies.sort(key=lambda index: mean_logprob(found[index]), reverse=True)
+            for index in copies[: self._asked.choices]:
                 echo, logprobs = self._beginning(index)
                 if logprobs is not None:
                     logprobs.add_pieces(found[index])
-                choices.append(
-                    {
-                        "index": len(choices),
-                        "text": echo + text_of(found[index]),
-                        "logprobs": None if logprobs is None else logprobs.take(),
-                        "finish_reason": found[index][-1].finish_reason,
-                    }
-                )
-        return self._head | {"choices": choices, "usage": self._run.usage()} | self._session()
-
-    def opening(self) -> bytes:
-        return b""
-
-    def piece(self, index: int, piece: Piece) -> bytes:
-        opening = b""
-        if (self._asked.echo or self._asked.logprobs is not None) and index not in self._begun:
-            self._begun.add(index)
-            echo, logprobs = self._beginning(index)
-            if logprobs is not None:
-                self._logprobs[index] = logprobs
-            if echo:
                 shown = None if logprobs is None else logprobs.take()
-                opening = frame(self._chunk(index, echo, shown, None))
-        if piece.finish_reason is None and not self._logprobs:
-            return opening + self._frames[index].with_text(piece.text) if piece.text else opening
-        shown = None
-        if index in self._logprobs:
-            self._logprobs[index].add_pieces([piece])
-            shown = self._logprobs[index].take()
-        return opening + frame(self._chunk(index, piece.text, shown, piece.finish_reason))
+                text = echo + text_of(found[index])
+                choices.append(self.choice(len(choices), text, shown, found[index][-1].finish_reason))
+        return self._head | {"choices": choices, "usage": self.run.usage()} | self.session()
 
-    async def end(self, index: int) -> None:  # noqa: ARG002 (a session has one sequence)
-        await self._run.save()
+    def choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+    ) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def closing(self) -> bytes:
-        if not self._includes_usage:
-            return DONE
-        return frame(self._head | {"choices": [], "usage": self._run.usage()}) + DONE
+    def before(self, index: int) -> bytes:
+        if index not in self._to_begin:
+            return b""
+        self._to_begin.remove(index)
+        echo, logprobs = self._beginning(index)
+        if logprobs is not None:
+            self._logprobs[index] = logprobs
+        return self.frame(index, echo, None if logprobs is None else logprobs.take()) if echo else b""
 
-    def failure(self, error: ApiError) -> bytes:
-        return frame(error.body())
-
-    @property
-    def _is_ranked(self) -> bool:
-        return self._asked.copies > self._asked.choices
+    def logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        if index not in self._logprobs:
+            return None
+        self._logprobs[index].add_pieces([piece])
+        return self._logprobs[index].take()
 
     def _beginning(self, index: int) -> tuple[str, LegacyLogprobs | None]:
         """What is shown of the prompt before a sequence, and the log-probabilities that begin with it."""
@@ -165,20 +143,8 @@ class _Writer:
             echo = asked if isinstance(asked, str) else self._backend.decode(asked)
         if self._asked.logprobs is None:
             return echo, None
-        texts, tokenizer = self._backend.token_texts, self._backend.model.tokenizer
-        assert tokenizer is not None
-        logprobs = LegacyLogprobs(texts)
+        logprobs = LegacyLogprobs(self._backend.token_texts)
         if self._asked.echo:
-            leader = self._run.streams[prompt * self._asked.copies]
-            logprobs.add_prompt(tokenizer, self._tails[prompt], leader.prompt_logprobs)
+            found = self.run.leaders[prompt].prompt_logprobs
+            logprobs.add_prompt(self._backend.require_tokenizer("logprobs"), self._tails[prompt], found)
         return echo, logprobs
-
-    def _chunk(
-        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = self._head | {"choices": [choice]} | ({"usage": None} if self._includes_usage else {})
-        return chunk if finish_reason is None else chunk | self._session()
-
-    def _session(self) -> dict[str, Any]:
-        return {} if self._run.session is None else {"session": self._run.session}

@@ -56,17 +56,6 @@ _COMPLETION_EXAMPLE = {
     "usage": {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6},
 }
 
-# BentoML's copy of Swagger UI, without the tracking script of BentoML's own page
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>yunmin</title>
-<link rel="stylesheet" href="static_content/swagger-ui.css"></head>
-<body><div id="page"></div>
-<script src="static_content/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#page"});</script></body>
-</html>
-"""
-
 
 def openapi_document() -> dict[str, Any]:
     """The document, as `/openapi.json` gives it and the page at `/` shows it."""

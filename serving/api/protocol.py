@@ -60,6 +60,7 @@ class StreamOptions(Body):
     """What a stream adds."""
 
     include_usage: bool = Field(False, description="end with a chunk that has the usage and no choices")
+    continuous_usage_stats: bool = Field(False, description="give the usage so far in every chunk")
 
 
 class GenerationBody(Body):

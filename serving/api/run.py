@@ -99,7 +99,7 @@ class Run:
     ) -> None:
         self._cancel()
         record, leaders = self._record, self.leaders
-        record.prompt_tokens = sum(stream.prompt_tokens for stream in leaders)
+        record.prompt_tokens = self.prompt_tokens
         record.cached_tokens = sum(stream.cached_tokens for stream in leaders)
         record.completion_tokens = self.completion_tokens
         if leaders and leaders[0].timings.finished:
@@ -112,13 +112,16 @@ class Run:
         return self.streams[:: self.copies]
 
     @property
+    def prompt_tokens(self) -> int:
+        return sum(stream.prompt_tokens for stream in self.leaders)
+
+    @property
     def completion_tokens(self) -> int:
         return sum(len(stream.generation.token_ids) for stream in self.streams)
 
     def usage(self) -> dict[str, Any]:
         """What was read and generated, in OpenAI's words; a prompt counts once, however many choices it has."""
-        prompt_tokens = sum(stream.prompt_tokens for stream in self.leaders)
-        completion_tokens = self.completion_tokens
+        prompt_tokens, completion_tokens = self.prompt_tokens, self.completion_tokens
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,

@@ -246,3 +246,11 @@ def test_a_repeated_prompt_is_not_read_again(running: Running) -> None:
     second = completed(running, **body)
     assert second["choices"] == first["choices"]
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == second["usage"]["prompt_tokens"]
+
+
+def test_usage_so_far_in_every_chunk_where_asked(running: Running, model: LanguageModel) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0, "stream": True, "stream_options": options}
+    *chunks, last = events(post(running, "/v1/completions", body))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 5, 6]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in [*chunks, last]} == {len(model.encode(PROMPT))}
