@@ -13,10 +13,10 @@ from starlette.routing import Route
 from serving.api.backend import Backend
 from serving.api.protocol import parse_request
 from serving.api.record import backend_of, record_of
+from serving.api.start import sessions_of
 from serving.api.transport import read_body, while_connected
 from serving.engine.job import Job
 from serving.engine.streams import TokenStream
-from serving.sessions.manager import Sessions
 from serving.sessions.records import SessionRecord
 from yunmin.errors import RequestError
 from yunmin.sampling import SamplingParams
@@ -56,14 +56,6 @@ class ForkRequest(_SessionBody):
     metadata: Metadata | None = Field(None, description="up to 16 texts of your own (the session's)")
 
 
-def sessions_of(request: Request) -> Sessions:
-    """The sessions that a request may see: those of its key."""
-    record = record_of(request)
-    sessions = record.backend.sessions
-    assert sessions is not None
-    return sessions if record.key is None else sessions.of_owner(record.key.name)
-
-
 def session_json(record: SessionRecord, served_name: str, fingerprint: str) -> dict[str, Any]:
     """A session as clients see it."""
     return {
@@ -83,7 +75,7 @@ def session_json(record: SessionRecord, served_name: str, fingerprint: str) -> d
 
 async def create_session(request: Request) -> Response:
     """A new session: empty, after a named state, or after a prompt."""
-    backend, sessions = backend_of(request), sessions_of(request)
+    backend, sessions = backend_of(request), sessions_of(record_of(request))
     asked = parse_request(SessionRequest, await _body(request))
     _require_ttl(asked.ttl_s, backend)
     start = None if asked.state is None else sessions.named(asked.state)
@@ -100,7 +92,7 @@ async def list_sessions(request: Request) -> Response:
     """The newest sessions, a page at a time."""
     backend = backend_of(request)
     limit = _page_limit(request)
-    found = await sessions_of(request).newest(limit + 1, request.query_params.get("before"))
+    found = await sessions_of(record_of(request)).newest(limit + 1, request.query_params.get("before"))
     page = [session_json(r, backend.settings.served_name, backend.model.fingerprint) for r in found[:limit]]
     return JSONResponse({"object": "list", "data": page, "has_more": len(found) > limit})
 
@@ -108,14 +100,14 @@ async def list_sessions(request: Request) -> Response:
 async def show_session(request: Request) -> Response:
     """One session, with its conversation."""
     backend = backend_of(request)
-    record = await sessions_of(request).describe(_id(request))
+    record = await sessions_of(record_of(request)).describe(_id(request))
     shown = session_json(record, backend.settings.served_name, backend.model.fingerprint)
     return JSONResponse(shown | {"messages": [dict(message) for message in record.messages]})
 
 
 async def delete_session(request: Request) -> Response:
     """Removes a session."""
-    await sessions_of(request).delete(_id(request))
+    await sessions_of(record_of(request)).delete(_id(request))
     return JSONResponse({"id": _id(request), "object": "session.deleted", "deleted": True})
 
 
@@ -124,7 +116,7 @@ async def fork_session(request: Request) -> Response:
     backend = backend_of(request)
     asked = parse_request(ForkRequest, await _body(request))
     _require_ttl(asked.ttl_s, backend)
-    record = await sessions_of(request).fork(
+    record = await sessions_of(record_of(request)).fork(
         _id(request), position=asked.position, ttl_s=asked.ttl_s, metadata=asked.metadata
     )
     return _answer(backend, record, 201)
@@ -132,7 +124,7 @@ async def fork_session(request: Request) -> Response:
 
 async def download_state(request: Request) -> Response:
     """A session's state as a safetensors file."""
-    record, data = await sessions_of(request).download(_id(request))
+    record, data = await sessions_of(record_of(request)).download(_id(request))
     headers = {
         "Content-Disposition": f'attachment; filename="{record.id}.safetensors"',
         "X-Session-Position": str(record.position),
@@ -143,14 +135,14 @@ async def download_state(request: Request) -> Response:
 
 async def upload_state(request: Request) -> Response:
     """Puts a state that was downloaded before, here or elsewhere, in the place of a session's."""
-    sessions = sessions_of(request)
+    sessions = sessions_of(record_of(request))
     data = await read_body(request, sessions.upload_limit_bytes)
     return _answer(backend_of(request), await sessions.upload(_id(request), data))
 
 
 async def list_states(request: Request) -> Response:
     """The named states that requests may begin after."""
-    states = sorted(sessions_of(request).states.values(), key=lambda state: state.name)
+    states = sorted(sessions_of(record_of(request)).states.values(), key=lambda state: state.name)
     found = [
         {"id": state.name, "object": "state", "position": state.position, "state_bytes": state.size_bytes}
         for state in states
