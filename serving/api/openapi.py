@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from serving.api.completion_request import CompletionRequest
 from serving.api.generate import GenerateRequest
+from serving.api.session_paths import session_paths, session_schemas
 from yunmin import __version__
 
 _REF = "#/components/schemas/{model}"
@@ -59,7 +60,7 @@ _COMPLETION_EXAMPLE = {
 
 def openapi_document() -> dict[str, Any]:
     """The document, as `/openapi.json` gives it and the page at `/` shows it."""
-    schemas: dict[str, Any] = {"Error": _ERROR_SCHEMA}
+    schemas: dict[str, Any] = {"Error": _ERROR_SCHEMA, **session_schemas()}
     for model in (GenerateRequest, CompletionRequest):
         schema = model.model_json_schema(ref_template=_REF)
         schemas |= schema.pop("$defs", {})
@@ -84,6 +85,7 @@ def openapi_document() -> dict[str, Any]:
                 "get": _get("The served model, by name")
                 | {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
             },
+            **session_paths(),
             "/livez": {"get": _get("Whether the process works", {"503": "The engine has stopped"})},
             "/healthz": {"get": _get("The same as /livez", {"503": "The engine has stopped"})},
             "/readyz": {"get": _get("Whether the model is loaded and taking requests", {"503": "It is not"})},
