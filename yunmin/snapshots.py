@@ -44,7 +44,7 @@ def snapshot_to_bytes(snapshot: Snapshot, fingerprint: str, *, name: str | None 
     if snapshot.state.batch_size != 1:
         raise StateError(f"a snapshot holds one sequence, got {snapshot.state.batch_size}")
     tensors = {
-        "token_ids": torch.tensor(snapshot.token_ids, dtype=torch.int64),
+        "token_ids": torch.from_numpy(np.array(snapshot.token_ids, np.int64)),
         "logits": _wide(snapshot.logits),
         **{f"conv.{layer}": _wide(t) for layer, t in enumerate(snapshot.state.conv)},
         **{f"ssm.{layer}": _wide(t) for layer, t in enumerate(snapshot.state.ssm)},
@@ -159,7 +159,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """One safetensors file, each tensor copied once, whatever its strides."""
+    """One safetensors file, whatever the strides of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, tensor in tensors.items():
@@ -167,16 +167,12 @@ def _packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
-    data = np.empty(8 + len(encoded) + end, np.uint8)
-    data[:8] = np.frombuffer(struct.pack("<Q", len(encoded)), np.uint8)
-    data[8 : 8 + len(encoded)] = np.frombuffer(encoded, np.uint8)
-    offset = 8 + len(encoded)
+    parts: list[Any] = [struct.pack("<Q", len(encoded)), encoded]
     for name, tensor in tensors.items():
-        place = torch.from_numpy(data[offset : offset + tensor.nbytes]).view(tensor.dtype).view(tensor.shape)
-        place.copy_(tensor)
-        _require_finite("snapshot", name, place)  # in the copy, whose numbers lie side by side
-        offset += tensor.nbytes
-    return data.tobytes()
+        dense = tensor.contiguous()
+        _require_finite("snapshot", name, dense)
+        parts.append(dense.numpy().data)
+    return b"".join(parts)
 
 
 def _check_tensors(where: str | Path, config: MambaConfig, tensors: Mapping[str, Tensor]) -> None:
