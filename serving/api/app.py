@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
+from serving.api.chat import chat_completions
 from serving.api.completions import completions
 from serving.api.failures import ApiError, api_error
 from serving.api.gate import CLIENT_LEFT, Gate
@@ -91,6 +92,7 @@ def create_app() -> Starlette:
             Route("/generate", generate, methods=["POST"]),
             Route("/generate_stream", generate_stream, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             *SESSION_ROUTES,

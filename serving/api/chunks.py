@@ -24,7 +24,7 @@ class ChunkWriter(ABC):
 
     def __init__(self, run: Run, head: dict[str, Any], options: StreamOptions | None) -> None:
         self.run = run
-        self._head = head
+        self.head = head
         self._includes_usage = options is not None and options.include_usage
         self._continuous = options is not None and options.continuous_usage_stats
         self._generated = 0
@@ -57,13 +57,13 @@ class ChunkWriter(ABC):
             return before + self._frames[index].with_text(piece.text) if piece.text else before
         return before + self.frame(index, piece.text, logprobs, piece.finish_reason)
 
-    async def end(self, index: int) -> None:  # noqa: ARG002 (a session has one sequence)
+    async def end(self, index: int, text: str) -> None:  # noqa: ARG002 (a session has one sequence)
         await self.run.save()
 
     def closing(self) -> bytes:
         if not self._includes_usage:
             return DONE
-        return frame(self._head | {"choices": [], "usage": self.run.usage()}) + DONE
+        return frame(self.head | {"choices": [], "usage": self.run.usage()}) + DONE
 
     def failure(self, error: ApiError) -> bytes:
         return frame(error.body())
@@ -72,15 +72,19 @@ class ChunkWriter(ABC):
         self, index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
     ) -> bytes:
         """A whole chunk."""
-        chunk = self._chunk(self.choice(index, text, logprobs, finish_reason))
-        return frame(chunk if finish_reason is None else chunk | self.session())
+        return self.frame_of(self.choice(index, text, logprobs, finish_reason))
+
+    def frame_of(self, choice: dict[str, Any]) -> bytes:
+        """A whole chunk with a choice."""
+        chunk = self._chunk(choice)
+        return frame(chunk if choice["finish_reason"] is None else chunk | self.session())
 
     def session(self) -> dict[str, Any]:
         """What is told of the session, where there is one."""
         return {} if self.run.session is None else {"session": self.run.session}
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = self._head | {"choices": [choice]}
+        chunk = self.head | {"choices": [choice]}
         if self._continuous:
             prompt_tokens = self.run.prompt_tokens
             return chunk | {

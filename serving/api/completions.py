@@ -112,7 +112,7 @@ class _Writer(ChunkWriter):
                 shown = None if logprobs is None else logprobs.take()
                 text = echo + text_of(found[index])
                 choices.append(self.choice(len(choices), text, shown, found[index][-1].finish_reason))
-        return self._head | {"choices": choices, "usage": self.run.usage()} | self.session()
+        return self.head | {"choices": choices, "usage": self.run.usage()} | self.session()
 
     def choice(
         self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None

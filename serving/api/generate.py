@@ -52,7 +52,7 @@ async def generate(request: Request) -> Response:
         (pieces,) = await while_connected(request.receive, run.pieces())
         await run.save()
         answer = {"text": text_of(pieces), "token_ids": run.streams[0].generation.token_ids}
-        record.answer = answer["text"]
+        record.answer = [answer["text"]]
         return JSONResponse(answer | _ending(run, pieces[-1]))
 
 
@@ -78,7 +78,7 @@ class _Events:
             return b'data: {"token_id":%d,"text":%b}\n\n' % (piece.token_id, TextFrame.encode(piece.text))
         return frame({"token_id": piece.token_id, "text": piece.text} | _ending(self._run, piece))
 
-    async def end(self, index: int) -> None:  # noqa: ARG002
+    async def end(self, index: int, text: str) -> None:  # noqa: ARG002
         await self._run.save()
 
     def closing(self) -> bytes:

@@ -32,6 +32,7 @@ _EXPECTED = {
     "stop": "must be a string or a list of strings",
     "input": "must be a string or a list of messages",
 }
+_NESTED = frozenset({"messages", "response_format", "text"})  # errors in these say where within
 
 
 class Body(BaseModel):
@@ -158,5 +159,6 @@ def _refusal(error: ValidationError) -> ApiError:
         return ApiError(400, f"{name}: is missing", param=name, code="missing_field")
     if kind == "extra_forbidden":
         return ApiError(400, f"{name}: unknown parameter", param=name, code="unknown_parameter")
-    message = _EXPECTED.get(field, first["msg"][:1].lower() + first["msg"][1:])
-    return ApiError(400, f"{field}: {message}", param=field, code="invalid_type")
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    where = name if field in _NESTED else field
+    return ApiError(400, f"{where}: {_EXPECTED.get(field, message)}", param=field, code="invalid_type")

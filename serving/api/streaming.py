@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
@@ -37,8 +38,8 @@ class Events(Protocol):
         """One piece of a sequence, by its number; possibly nothing."""
         ...
 
-    async def end(self, index: int) -> None:
-        """Called before the last piece of a sequence is written: saves what has to be saved."""
+    async def end(self, index: int, text: str) -> None:
+        """Called with all text of a sequence before its last piece is written: saves what has to be saved."""
         ...
 
     def closing(self) -> bytes:
@@ -96,12 +97,14 @@ async def _frames(
     record: Record, first: tuple[int, list[Piece]], arrivals: Arrivals, events: Events
 ) -> AsyncGenerator[bytes]:
     try:
+        texts: defaultdict[int, list[str]] = defaultdict(list)
         index, pieces = first
         data = events.opening()
         while True:
             for piece in pieces:
+                texts[index].append(piece.text)
                 if piece.finish_reason is not None:
-                    await events.end(index)
+                    await events.end(index, "".join(texts[index]))
                 data += events.piece(index, piece)
             if data:
                 yield data
@@ -110,6 +113,8 @@ async def _frames(
                 index, pieces = await anext(arrivals)
             except StopAsyncIteration:
                 break
+        if record.backend.settings.log_prompts:
+            record.answer = ["".join(texts[index]) for index in sorted(texts)]
         yield events.closing()
     except (YunminError, ApiError) as error:
         known = error if isinstance(error, ApiError) else api_error(error)
