@@ -20,6 +20,7 @@ from serving.api.openapi import openapi_document
 from serving.api.page import page_routes
 from serving.api.record import backend_of, record_of
 from serving.api.sessions import SESSION_ROUTES
+from serving.api.tokens import detokenize, tokenize
 from serving.api.transport import ClientLeftError
 from yunmin.errors import YunminError
 
@@ -93,6 +94,8 @@ def create_app() -> Starlette:
             Route("/generate_stream", generate_stream, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             *SESSION_ROUTES,
