@@ -13,6 +13,7 @@ import { isTurnKey, Turns } from "./turns.js";
 import { drawFigures, drawPath, drawTree } from "./view.js";
 
 const CHECKS = 6; // sessions looked up at a time
+const TRASH_MS = 1000;
 const REDRAW_MS = 250; // of a comparison while one side grows
 
 const turns = new Turns();
@@ -121,7 +122,7 @@ async function start(parent, given) {
   if (came && turn.status === "stopped") await doing(() => readAgain(turns, turn));
   speaker.end(turn.status === "done" ? count(turn.tokenIds.length, "token") : turn.status);
   draw();
-  emptyTrash(turns);
+  setTimeout(() => emptyTrash(turns), TRASH_MS);
   server.drawMetrics();
   return came || turn.status === "done";
 }
@@ -305,6 +306,7 @@ async function connect() {
   server.drawMetrics();
 }
 
+addEventListener("pagehide", () => running && turns.save(running.turn));
 addEventListener("storage", (event) => {
   if (!isTurnKey(event.key)) return;
   turns.read();

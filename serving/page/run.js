@@ -14,7 +14,7 @@ export async function run(turns, turn, { signal, changed }) {
     await generate(turns, turn, signal, changed);
     turn.status = "done";
   } catch (error) {
-    await drop(turn.session);
+    if (turn.session !== null) trash.put(turn.session); // still in use until the server notices that we left
     turn.session = null;
     turn.status = error.name === "AbortError" ? "stopped" : "failed";
     if (turn.status === "stopped") return;
@@ -132,10 +132,15 @@ export async function drop(session) {
   trash.drop(session);
 }
 
-/** What could not be deleted before. */
+let emptying = false;
+
+/** Deletes what could not be deleted before. */
 export async function emptyTrash(turns) {
+  if (emptying) return;
+  emptying = true;
   for (const session of trash.all()) {
     if (turns.owns(session)) trash.drop(session);
     else await drop(session);
   }
+  emptying = false;
 }

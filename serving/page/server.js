@@ -17,6 +17,7 @@ export class Server {
     this.stateBytes = model.state_bytes;
     byId("model").textContent = model.id;
     byId("max_tokens").max = model.max_tokens;
+    if (!model.has_tokenizer) throw new api.ApiError("This model has no tokenizer: the API takes token ids, this page only text");
     const states = await api.states();
     const options = states.map(({ id }) => el("option", {}, id));
     byId("states").hidden = !states.length;
