@@ -19,7 +19,9 @@ from serving.api.models import list_models, show_model
 from serving.api.openapi import openapi_document
 from serving.api.page import page_routes
 from serving.api.record import backend_of, record_of
+from serving.api.responses import create_response
 from serving.api.sessions import SESSION_ROUTES
+from serving.api.stored_responses import delete_response, show_response
 from serving.api.tokens import detokenize, tokenize
 from serving.api.transport import ClientLeftError
 from yunmin.errors import YunminError
@@ -94,6 +96,9 @@ def create_app() -> Starlette:
             Route("/generate_stream", generate_stream, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/responses", create_response, methods=["POST"]),
+            Route("/v1/responses/{id}", show_response, methods=["GET"]),
+            Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),

@@ -67,6 +67,10 @@ class TextFrame:
     def with_text(self, text: str) -> bytes:
         return self._before + self.encode(text) + self._after
 
+    def with_text_and_number(self, text: str, field: str, number: int) -> bytes:
+        """The same with one more field, which must be the last one of the event."""
+        return b'%b%b%b,"%b":%d}\n\n' % (self._before, self.encode(text), self._after[:-3], field.encode(), number)
+
     @staticmethod
     def encode(text: str) -> bytes:
         """Text as JSON."""
