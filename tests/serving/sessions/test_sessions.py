@@ -127,6 +127,8 @@ def test_going_on_with_a_session_equals_never_having_stopped(
 
 
 def test_a_record_says_where_its_session_is(model: LanguageModel) -> None:
+    clock = Clock()
+
     async def body(sessions: Sessions) -> None:
         snapshot = model.snapshot([1, 2, 3])
         record = await sessions.create(snapshot, metadata={"a": "b"}, ttl_s=30.0, messages=[{"role": "user"}])
@@ -143,6 +145,7 @@ def test_a_record_says_where_its_session_is(model: LanguageModel) -> None:
             {"a": "b"},
             ({"role": "user"},),
         )
+        clock.now += 1
         fork = await sessions.fork(record.id, metadata={}, ttl_s=1000.0)
         assert (fork.parent, fork.position, fork.version, fork.metadata) == (record.id, 4, 1, {})
         assert fork.ttl_s == 100.0  # the server's own limit
@@ -155,7 +158,7 @@ def test_a_record_says_where_its_session_is(model: LanguageModel) -> None:
             await sessions.describe(record.id)
         assert sessions.keeper.store.usage().sessions == 1
 
-    in_memory(model, body)
+    in_memory(model, body, clock=clock)
 
 
 def test_a_request_that_fails_leaves_the_session_as_it_was(model: LanguageModel) -> None:
