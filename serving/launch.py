@@ -26,20 +26,20 @@ def load_served(settings: Settings) -> LanguageModel:
     return load(require_artifact(settings), device=settings.device, runtime=settings.runtime)
 
 
-def start_engine(model: LanguageModel, settings: Settings, registry: CollectorRegistry) -> Engine:
+def start_engine(model: LanguageModel, settings: Settings, counted: CollectorRegistry | Metrics) -> Engine:
     """An engine that runs as the settings say, whose first request finds everything compiled.
 
     Args:
         model: to generate with.
         settings: slots, queue, chunks, cache.
-        registry: for its metrics.
+        counted: where its metrics are registered, or those of the engine that it takes over from.
     """
     engine = Engine(
         model.runtime,
         model.tokenizer,
         slots=settings.slots,
         queue=settings.queue,
-        metrics=Metrics(registry),
+        metrics=counted if isinstance(counted, Metrics) else Metrics(counted),
         prefill_chunk=settings.prefill_chunk,
         decode_stall=settings.decode_stall,
         cache_bytes=settings.cache_bytes,

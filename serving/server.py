@@ -11,7 +11,7 @@ import time
 
 import uvicorn
 
-from serving.service import create_asgi, current_engine, served_model, served_sessions
+from serving.service import create_asgi, running_engines, served_model, served_sessions
 from yunmin.errors import ConfigError
 
 _LAST_EVENTS_S = 5
@@ -34,11 +34,13 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains: no newcomers, and `/readyz` says so, while whoever is here may finish within the grace."""
         end = time.monotonic() + self._grace_s
-        engine = current_engine()
-        engine.drain()
-        while engine.is_busy and time.monotonic() < end and not self.force_exit:
+        engines = running_engines()
+        for engine in engines:
+            engine.drain()
+        while any(engine.is_busy for engine in engines) and time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(_POLL_S)
-        await asyncio.to_thread(engine.stop)  # every stream that is left ends with an error event
+        for engine in engines:
+            await asyncio.to_thread(engine.stop)  # every stream that is left ends with an error event
         await super().shutdown(sockets)
 
 

@@ -80,6 +80,9 @@ class MambaService:
         set_up_log(settings)
         sessions = served_sessions()
         _app.state.backend = make_backend(model, start_engine(model, settings, REGISTRY), settings, sessions)
+        # nothing else holds on to a model that a reload replaces
+        served_model.cache_clear()
+        served_sessions.cache_clear()
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]  # BentoML is not followed by mypy
     @staticmethod
@@ -102,20 +105,22 @@ class MambaService:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
-        await asyncio.to_thread(current_engine().stop)
-        await asyncio.to_thread(served_sessions().keeper.close)
+        for engine in running_engines():
+            await asyncio.to_thread(engine.stop)
+        sessions: Sessions = _app.state.backend.sessions
+        await asyncio.to_thread(sessions.keeper.close)
 
     async def __is_alive__(self) -> bool:
-        return current_engine().is_alive
+        return running_engines()[0].is_alive
 
     async def __is_ready__(self) -> bool:
-        return current_engine().accepting
+        return running_engines()[0].accepting
 
 
-def current_engine() -> Engine:
-    """The engine that takes this process's requests."""
-    backend: Backend = _app.state.backend
-    return backend.engine
+def running_engines() -> list[Engine]:
+    """The engine that takes this process's requests, and those before it that still answer some."""
+    backends: list[Backend] = [_app.state.backend, *_app.state.retiring]
+    return [backend.engine for backend in backends]
 
 
 def create_asgi() -> ASGIApp:

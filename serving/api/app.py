@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -10,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
+from serving.api.admin import reload
 from serving.api.chat import chat_completions
 from serving.api.completions import completions
 from serving.api.failures import ApiError, api_error
@@ -89,8 +92,11 @@ async def on_client_left(request: Request, _: Exception) -> Response:
 
 
 def create_app() -> Starlette:
-    """The application; `app.state.backend` must be set before it serves."""
-    return Starlette(
+    """The application; `app.state.backend` must be set before it serves.
+
+    `app.state.retiring` are the backends that a reload has replaced and that still answer requests.
+    """
+    app = Starlette(
         routes=[
             Route("/generate", generate, methods=["POST"]),
             Route("/generate_stream", generate_stream, methods=["POST"]),
@@ -104,6 +110,7 @@ def create_app() -> Starlette:
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", show_model, methods=["GET"]),
             *SESSION_ROUTES,
+            Route("/admin/reload", reload, methods=["POST"]),
             *page_routes(),
             Route("/health", health, methods=["GET"]),
             Route("/openapi.json", document, methods=["GET"]),
@@ -118,3 +125,7 @@ def create_app() -> Starlette:
             ClientLeftError: on_client_left,
         },
     )
+    app.state.retiring = set()
+    app.state.reloading = asyncio.Lock()
+    app.state.retirements = set()
+    return app

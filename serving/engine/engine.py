@@ -99,6 +99,11 @@ class Engine:
         return self.is_alive and self._admission.is_open
 
     @property
+    def metrics(self) -> Metrics:
+        """What is counted; an engine that takes over goes on counting there."""
+        return self._metrics
+
+    @property
     def is_busy(self) -> bool:
         """Whether anyone runs or waits."""
         return self.is_alive and self.load != Load(0, 0)
