@@ -47,11 +47,11 @@ def read_lines(path: Path) -> list[JSON]:
 
 
 def without_moments(answers: Sequence[JSON]) -> list[JSON]:
-    """The answers without what differs between two runs of a request: the completion's own id, and its time."""
+    """The answers without what differs between two runs of a request: its own id, its time, what a cache has saved."""
     kept = json.loads(json.dumps(list(answers)))
     for answer in kept:
-        for name in ("id", "created"):
-            answer["response"]["body"].pop(name, None)
+        body = answer["response"]["body"]
+        del body["id"], body["created"], body["usage"]["prompt_tokens_details"]
     return kept
 
 
@@ -73,6 +73,28 @@ def test_answers_come_in_the_order_of_the_requests_and_are_the_librarys(
     summary = json.loads(capsys.readouterr().out)
     assert (summary["answered"], summary["refused"], summary["failed"], summary["resumed"]) == (len(asked), 0, 0, 0)
     assert summary["generated_tokens"] == sum(lengths)
+
+
+def test_every_kind_of_request_is_answered(
+    model_folder: Path, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("YUNMIN_CHAT_TEMPLATE", "chatml")
+    settings = {"temperature": 0}
+    chat = settings | {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    response = settings | {"input": "hi", "max_output_tokens": 9}
+    asked = [
+        line("completion", max_tokens=9),
+        line("chat") | {"url": "/v1/chat/completions", "body": chat},
+        line("response") | {"url": "/v1/responses", "body": response},
+    ]
+    requests, answers = write_lines(tmp_path / "in.jsonl", asked), tmp_path / "out.jsonl"
+    assert main([str(model_folder), str(requests), str(answers)]) == 0
+    completion, of_chat, of_response = (found["response"]["body"] for found in read_lines(answers))
+    assert completion["choices"][0]["text"] == model.generate(**GREEDY | {"max_tokens": 9}).text
+    text = of_chat["choices"][0]["message"]["content"]
+    assert of_response["output"][0]["content"][0]["text"] == text
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text == model.generate(prompt, max_tokens=9, temperature=0).text
 
 
 def test_a_refused_request_is_an_answer_and_counted(
