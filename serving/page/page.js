@@ -306,7 +306,8 @@ async function connect() {
   server.drawMetrics();
 }
 
-addEventListener("pagehide", () => running && turns.save(running.turn));
+addEventListener("pagehide", () => turns.leave());
+addEventListener("pageshow", (event) => event.persisted && location.reload());
 addEventListener("storage", (event) => {
   if (!isTurnKey(event.key)) return;
   turns.read();

@@ -17,6 +17,7 @@ export class Turns {
   constructor() {
     this.tab = sessionStorage.getItem("yunmin.tab") ?? crypto.getRandomValues(new Uint32Array(2)).join("-");
     sessionStorage.setItem("yunmin.tab", this.tab);
+    this.left = false;
     this.read();
   }
 
@@ -77,12 +78,18 @@ export class Turns {
 
   /** Stores a turn; throws where the browser has no room left. */
   save(turn) {
-    if (!this.all.has(turn.id)) return;
+    if (this.left || !this.all.has(turn.id)) return;
     turn.saved = Date.now();
     localStorage.setItem(TURN + turn.id, JSON.stringify(turn));
   }
 
-  /** The same while it grows, not at each token. */
+  /** Stores what runs as it is now, and nothing after: a stream that ends because its page is closed has not failed. */
+  leave() {
+    for (const turn of this.all.values()) if (this.isOurs(turn)) this.save(turn);
+    this.left = true;
+  }
+
+  /** Stores a turn that grows, but not at each token. */
   beat(turn) {
     if (Date.now() - turn.saved >= BEAT_MS) this.save(turn);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -96,6 +97,12 @@ class Visit:
     def text(self, index: int = -1) -> str:
         """What a turn of the path generated."""
         return self.articles.nth(index).locator(".came").inner_text()
+
+    def token_ids(self) -> list[int]:
+        """What all turns generated, the earliest first; texts may be cut within a character, ids are not."""
+        stored = self.page.evaluate("() => Object.entries(localStorage)")
+        turns = [json.loads(value) for name, value in stored if name.startswith("yunmin.turn.")]
+        return [id_ for turn in sorted(turns, key=lambda turn: turn["created"]) for id_ in turn["tokenIds"]]
 
     def facts(self, index: int = -1) -> list[str]:
         """Figures of a turn of the path."""
