@@ -47,3 +47,26 @@ export function snippet(text, length) {
   const line = text.trim().replace(/\s+/g, " ");
   return line.length > length ? `${line.slice(0, length)}…` : line;
 }
+
+/** Collects text and draws it once per frame of the screen: tokens can come faster. */
+export class Frames {
+  constructor(draw) {
+    Object.assign(this, { draw, text: "", asked: 0 });
+  }
+
+  add(text) {
+    this.text += text;
+    this.asked ||= requestAnimationFrame(() => this.flush());
+  }
+
+  flush() {
+    this.asked = 0;
+    this.draw(this.text);
+    this.text = "";
+  }
+
+  end() {
+    cancelAnimationFrame(this.asked);
+    this.flush();
+  }
+}

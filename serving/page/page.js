@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { drawComparison } from "./compare.js";
 import { askKey, confirmDeletion, notices } from "./dialogs.js";
-import { byId, count, el, number } from "./dom.js";
+import { byId, count, el, Frames, number } from "./dom.js";
 import { listen } from "./keys.js";
 import { begin, check, drop, emptyTrash, readAgain, run } from "./run.js";
 import { Sampling } from "./sampling.js";
@@ -27,7 +27,7 @@ const server = new Server(connect);
 let selected = sessionStorage.getItem("yunmin.selected"); // id of the turn that is shown, and that the next one follows
 let compared = sessionStorage.getItem("yunmin.compared"); // id of the turn beside it, or null
 let focused = null; // id in the tree
-let running = null; // { turn, abort, grows: the node of its text }
+let running = null; // { turn, abort, grows: the node of its text, compared: when it was last drawn beside another }
 let busy = false; // something else is being done on the server
 
 // ---- drawing
@@ -102,17 +102,17 @@ async function start(parent, given) {
     return false;
   }
   const turn = turns.add({ status: "running", parent: parent?.id ?? null, prompt: given, sampling: sampling.read() });
-  running = { turn, abort: new AbortController(), grows: null };
+  running = { turn, abort: new AbortController(), grows: null, compared: 0 };
   selected = turn.id;
   speaker.begin();
   draw();
-  const frame = new Frames(turn);
+  const frames = new Frames(grow);
   try {
-    await run(turns, turn, { signal: running.abort.signal, changed: (event) => frame.add(event) });
+    await run(turns, turn, { signal: running.abort.signal, changed: (event) => frames.add(event.text) });
   } catch (error) {
     fail(error, () => retry(turn));
   }
-  frame.end();
+  frames.end();
   running = null;
   const came = turn.tokenIds.length > 0;
   if (!came && turn.status !== "done") {
@@ -127,35 +127,17 @@ async function start(parent, given) {
   return came || turn.status === "done";
 }
 
-/** Draws what has come, once per frame of the screen. */
-class Frames {
-  constructor(turn) {
-    Object.assign(this, { turn, text: "", asked: 0, compared: 0 });
-  }
-
-  add(event) {
-    this.text += event.text;
-    this.asked ||= requestAnimationFrame(() => this.draw());
-  }
-
-  draw() {
-    this.asked = 0;
-    const element = byId("transcript");
-    const atEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
-    running?.grows?.append(this.text);
-    if (atEnd) scrollDown();
-    speaker.add(this.text);
-    this.text = "";
-    drawFigures(byId("figures"), this.turn, server.stateBytes);
-    if (compared !== null && performance.now() - this.compared > REDRAW_MS) {
-      this.compared = performance.now();
-      drawText();
-    }
-  }
-
-  end() {
-    cancelAnimationFrame(this.asked);
-    this.draw();
+/** Draws what has come of the turn that runs. */
+function grow(text) {
+  const element = byId("transcript");
+  const atEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
+  running.grows?.append(text);
+  if (atEnd) scrollDown();
+  speaker.add(text);
+  drawFigures(byId("figures"), running.turn, server.stateBytes);
+  if (compared !== null && performance.now() - running.compared > REDRAW_MS) {
+    running.compared = performance.now();
+    drawText();
   }
 }
 

@@ -1,4 +1,4 @@
-"""A browser without a window, and the page in it as a user finds things there."""
+"""A browser without a window, the page in it as a user finds things there, and what the server says without it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
+import httpx
 from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
+
+from tests.serving.fixtures import Running
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _ARGUMENTS = (
@@ -168,3 +171,20 @@ def contrast(first: Sequence[float], second: Sequence[float]) -> float:
 def _luminance(colour: Sequence[float]) -> float:
     linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+# ---- what the server says without the page
+
+
+def generated(running: Running, prompt: str, max_tokens: int) -> tuple[str, list[int]]:
+    """Text and token ids of the API."""
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    answer = httpx.post(f"{running.url}/generate", json=body, timeout=60).json()
+    return answer["text"], answer["token_ids"]
+
+
+def sessions(running: Running) -> set[str]:
+    """Ids of all sessions."""
+    found = httpx.get(f"{running.url}/v1/sessions?limit=100").json()
+    assert not found["has_more"]
+    return {session["id"] for session in found["data"]}
