@@ -59,7 +59,7 @@ _COMPLETION_EXAMPLE = {
 
 
 def openapi_document() -> dict[str, Any]:
-    """The document, as `/openapi.json` gives it and the page at `/` shows it."""
+    """The document, as `/openapi.json` gives it and the page at `/docs` shows it."""
     schemas: dict[str, Any] = {"Error": _ERROR_SCHEMA, **session_schemas()}
     for model in (GenerateRequest, CompletionRequest):
         schema = model.model_json_schema(ref_template=_REF)
