@@ -36,12 +36,9 @@ def main(argv: list[str]) -> int:
             arguments.add_argument(variable.option, metavar="X", help=f"{variable.description}{default}")
     options = arguments.parse_args(argv)
 
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="yunmin-metrics-", ignore_cleanup_errors=True) as folder:
-        # read when prometheus_client is imported; BentoML's own folder is shared by all servers of a user
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        return _start(options)
+    # read when prometheus_client is imported; this process is the only one, so its metrics stay in its memory
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    return _start(options)
 
 
 def _start(options: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ class Metrics:
         cache_tokens: prompt tokens that were not read again.
         cache_checkpoints: in the prefix cache.
         state_bytes: memory of states by place: slots, prefix_cache.
+        http_requests: answered over HTTP, by path (as the routes have it, so that there are only so many) and status.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -64,6 +65,9 @@ class Metrics:
             "yunmin_prefix_cache_tokens", "Prompt tokens that were not read again", registry=registry
         )
         self.cache_checkpoints = gauge("yunmin_prefix_cache_checkpoints", "States that the prefix cache holds")
+        self.http_requests = Counter(
+            "yunmin_http_requests", "HTTP requests by path and status", ["path", "status"], registry=registry
+        )
         self.state_bytes = Gauge(
             "yunmin_state_bytes",
             "Memory of states by place",

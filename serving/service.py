@@ -10,7 +10,9 @@ from pathlib import Path
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before BentoML is imported
 
 import bentoml
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml.exceptions import BentoMLException
+from opentelemetry import trace
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 
@@ -69,6 +71,8 @@ def served_sessions() -> Sessions:
     workers=1,  # workers share no memory: one process, one engine
     traffic={"timeout": _deadline_s() + _MARGIN_S},
     resources={"gpu": 1},
+    # its own metrics have a series for every path ever asked for, so that anyone could fill the memory; ours do not
+    metrics={"enabled": False},
 )
 @bentoml.asgi_app(_app, path="/")
 class MambaService:
@@ -78,6 +82,8 @@ class MambaService:
         settings = read_settings()
         model = served_model()
         set_up_log(settings)
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):  # none is chosen yet
+            trace.set_tracer_provider(BentoMLContainer.tracer_provider.get())
         sessions = served_sessions()
         _app.state.backend = make_backend(model, start_engine(model, settings, REGISTRY), settings, sessions)
         # nothing else holds on to a model that a reload replaces

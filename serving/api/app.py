@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from http import HTTPStatus
 
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -16,7 +19,7 @@ from serving.api.admin import reload
 from serving.api.chat import chat_completions
 from serving.api.completions import completions
 from serving.api.failures import ApiError, api_error
-from serving.api.gate import CLIENT_LEFT, Gate
+from serving.api.gate import CLIENT_LEFT, EVERYTHING_ELSE, Gate
 from serving.api.generate import generate, generate_stream
 from serving.api.models import list_models, show_model
 from serving.api.openapi import openapi_document
@@ -29,8 +32,9 @@ from serving.api.tokens import detokenize, tokenize
 from serving.api.transport import ClientLeftError
 from yunmin.errors import YunminError
 
+_FILES_OF_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 # BentoML answers these
-_PROBES = frozenset({"/livez", "/healthz", "/readyz", "/metrics", "/schema.json"})
+_PROBES = frozenset({"/livez", "/healthz", "/readyz", "/schema.json"})
 
 
 async def document(_: Request) -> Response:
@@ -42,6 +46,16 @@ async def health(request: Request) -> Response:
     if not backend_of(request).engine.accepting:
         raise ApiError(503, "the engine does not take requests", code="engine_stopped")
     return Response()
+
+
+async def metrics(request: Request) -> Response:
+    """What Prometheus scrapes."""
+    registry: CollectorRegistry = request.app.state.registry
+    if _FILES_OF_METRICS in os.environ:  # as `bentoml serve` sets it, whose worker is another process
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    content = await asyncio.to_thread(generate_latest, registry)
+    return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 
 async def unmatched(request: Request) -> Response:
@@ -61,7 +75,7 @@ class _Unmatched(Route):
     """Matches what no other route does, but for the scripts of the page, which BentoML serves after us."""
 
     def __init__(self) -> None:
-        super().__init__("/{path:path}", unmatched)
+        super().__init__(EVERYTHING_ELSE, unmatched)
         self.methods = None  # every method
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
@@ -83,7 +97,8 @@ async def on_yunmin_error(request: Request, error: Exception) -> Response:
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return await on_api_error(request, ApiError(error.status_code, error.detail, headers=error.headers))
+    code = HTTPStatus(error.status_code).name.lower()
+    return await on_api_error(request, ApiError(error.status_code, error.detail, code=code, headers=error.headers))
 
 
 async def on_client_left(request: Request, _: Exception) -> Response:
@@ -112,6 +127,7 @@ def create_app() -> Starlette:
             *SESSION_ROUTES,
             Route("/admin/reload", reload, methods=["POST"]),
             *page_routes(),
+            Route("/metrics", metrics, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
             Route("/openapi.json", document, methods=["GET"]),
             Route("/docs.json", document, methods=["GET"]),  # where BentoML has its own
@@ -125,6 +141,7 @@ def create_app() -> Starlette:
             ClientLeftError: on_client_left,
         },
     )
+    app.state.registry = REGISTRY
     app.state.retiring = set()
     app.state.reloading = asyncio.Lock()
     app.state.retirements = set()

@@ -15,6 +15,7 @@ from serving.api.request_log import log_request
 logger = logging.getLogger("yunmin.serving")
 
 CLIENT_LEFT = 499
+EVERYTHING_ELSE = "/{path:path}"  # route of what no other route serves
 _EXPOSED = ("X-Request-Id", "Retry-After")
 
 
@@ -65,6 +66,9 @@ class Gate:
             await internal_error().response()(scope, receive, send_with_id)
         finally:
             record.backend.users -= 1
+            route = scope.get("route")
+            path = "other" if route is None or route.path == EVERYTHING_ELSE else route.path
+            record.backend.engine.metrics.http_requests.labels(path, status).inc()
             log_request(record, scope, status)
 
     async def _admit_and_pass(self, record: Record, scope: Scope, receive: Receive, send: Send) -> None:

@@ -70,6 +70,7 @@ class Run:
             raise RequestError("n", f"at most {most} sequences per request on this server, got {total}")
         self.copies = asked.copies
         self.session: dict[str, Any] | None = None
+        self._closed = False
         self._record = record
         self._start = start
         self.streams: list[TokenStream] = []
@@ -97,7 +98,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels what still runs and notes what was used, for the log, the key's limits and the trace."""
         self._cancel()
+        if self._closed:
+            return
+        self._closed = True
         record, leaders = self._record, self.leaders
         record.prompt_tokens = self.prompt_tokens
         record.cached_tokens = sum(stream.cached_tokens for stream in leaders)

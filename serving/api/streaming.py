@@ -90,7 +90,7 @@ async def event_stream(request: Request, run: Run, events: Events, stack: AsyncE
     stack.push_async_callback(arrivals.aclose)
     first = await while_connected(request.receive, _first(arrivals))
     held = stack.pop_all()
-    return EventStream(_frames(record_of(request), first, arrivals, events), held.aclose)
+    return EventStream(_frames(record_of(request), run, first, arrivals, events), held.aclose)
 
 
 async def _first(arrivals: Arrivals) -> tuple[int, list[Piece]]:
@@ -98,7 +98,7 @@ async def _first(arrivals: Arrivals) -> tuple[int, list[Piece]]:
 
 
 async def _frames(
-    record: Record, first: tuple[int, list[Piece]], arrivals: Arrivals, events: Events
+    record: Record, run: Run, first: tuple[int, list[Piece]], arrivals: Arrivals, events: Events
 ) -> AsyncGenerator[bytes]:
     try:
         texts: defaultdict[int, list[str]] = defaultdict(list)
@@ -119,12 +119,15 @@ async def _frames(
                 break
         if record.backend.settings.log_prompts:
             record.answer = ["".join(texts[index]) for index in sorted(texts)]
+        run.close()  # the request's trace ends with the last byte
         yield events.closing()
     except (YunminError, ApiError) as error:
         known = error if isinstance(error, ApiError) else api_error(error)
         record.outcome = known.code
+        run.close()
         yield events.failure(known)
     except Exception:
         logger.exception("request %s failed while it was streaming", record.id)
         record.outcome = "internal_error"
+        run.close()
         yield events.failure(internal_error())

@@ -37,6 +37,7 @@ async def app_on(model: LanguageModel, **variables: str) -> AsyncIterator[Starle
     registry = CollectorRegistry()
     sessions = open_sessions(model, settings, registry)
     app = create_app()
+    app.state.registry = registry
     set_up_log(settings)
     app.state.backend = make_backend(model, start_engine(model, settings, registry), settings, sessions)
     try:
