@@ -192,5 +192,6 @@ def test_bentoml_build_packs_the_service(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     source = next((tmp_path / "home" / "bentos" / "yunmin").glob("*/src"))
     assert {"serving", "yunmin"} <= {path.name for path in source.iterdir()}
+    assert (source / "serving" / "page" / "index.html").is_file()
     assert not list(source.rglob("test_*.py"))
     assert "gpu: 1" in (source.parent / "bento.yaml").read_text()
