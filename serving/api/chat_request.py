@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from serving.api.completion_request import MAX_CHOICES
 from serving.api.conversation import ChatMessage
@@ -25,10 +25,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ChatRequest(GenerationBody):
     """Body of `/v1/chat/completions`: OpenAI's fields, and those of `/generate` beside them."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "max_completion_tokens": 16}]
+        }
+    )
+
     messages: list[ChatMessage] = Field(min_length=1, description="the conversation; with a session, what is new of it")
     model: str | None = Field(None, description="the served model's name, as `/v1/models` lists it")
-    max_completion_tokens: int | None = Field(None, description="most tokens to generate (the server's limit)")
-    max_tokens: int | None = Field(None, description="the older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(
+        None, json_schema_extra={"minimum": 0}, description="most tokens to generate (the server's limit)"
+    )
+    max_tokens: int | None = Field(
+        None, json_schema_extra={"minimum": 0}, description="the older name of max_completion_tokens"
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="choices (1)")
     logprobs: bool | None = Field(None, description="whether to give log-probabilities (false)")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="so many alternatives per token (0)")

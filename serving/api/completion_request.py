@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from serving.api.failures import ApiError
 from serving.api.protocol import GenerationBody, StreamOptions
@@ -14,11 +14,17 @@ MAX_CHOICES = 128
 class CompletionRequest(GenerationBody):
     """Body of `/v1/completions`: OpenAI's fields, and those of `/generate` beside them."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "def main(", "max_tokens": 16, "n": 2, "logprobs": 1, "echo": True}]}
+    )
+
     prompt: str | list[int] | list[str] | list[list[int]] = Field(
         description="text or token ids, or several of either; with a session, what follows it"
     )
     model: str | None = Field(None, description="the served model's name, as `/v1/models` lists it")
-    max_tokens: int | None = Field(None, description="most tokens to generate; 0 only reads the prompt (16)")
+    max_tokens: int | None = Field(
+        None, json_schema_extra={"minimum": 0}, description="most tokens to generate; 0 only reads the prompt (16)"
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="choices per prompt (1)")
     best_of: int | None = Field(
         None, ge=1, le=MAX_CHOICES, description="generate so many and give the n of the best mean log-probability (n)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -24,9 +24,15 @@ from yunmin.generate import Piece
 class GenerateRequest(GenerationBody):
     """Body of `/generate` and `/generate_stream`; exactly one of `prompt` and `token_ids`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "def main(", "max_tokens": 16, "temperature": 0}]}
+    )
+
     prompt: str | None = Field(None, description="text to continue; with a session, what follows it")
     token_ids: list[int] | None = Field(None, description="token ids to continue")
-    max_tokens: int | None = Field(None, description="most tokens to generate; 0 only reads the prompt")
+    max_tokens: int | None = Field(
+        None, json_schema_extra={"minimum": 0}, description="most tokens to generate; 0 only reads the prompt"
+    )
     timeout_s: float | None = Field(None, description="end after this many seconds; at most the server's own limit")
 
     def prompt_field(self) -> tuple[str, str | list[int]]:

@@ -35,6 +35,11 @@ _EXPECTED = {
 _NESTED = frozenset({"messages", "response_format", "text"})  # errors in these say where within
 
 
+def _within(low: float, high: float | None = None) -> dict[str, Any]:
+    """Bounds that `SamplingParams` checks, for the OpenAPI document."""
+    return {"minimum": low} | ({} if high is None else {"maximum": high})
+
+
 class Body(BaseModel):
     """A JSON object with these fields and no others."""
 
@@ -67,15 +72,33 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """Fields of every request that generates."""
 
-    temperature: float | None = Field(None, description="0 is greedy; else the logits are divided by it (1)")
-    top_k: int | None = Field(None, description="keep the k best tokens; 0 keeps all (0)")
-    top_p: float | None = Field(None, description="keep the best tokens that reach this probability (1)")
-    min_p: float | None = Field(None, description="drop tokens less probable than this times the best (0)")
-    repetition_penalty: float | None = Field(None, description="above 1 makes tokens seen before less likely (1)")
-    presence_penalty: float | None = Field(None, description="-2..2, subtracted once from generated tokens' logits (0)")
-    frequency_penalty: float | None = Field(None, description="-2..2, subtracted each time they were generated (0)")
+    temperature: float | None = Field(
+        None, json_schema_extra=_within(0, 100), description="0 is greedy; else the logits are divided by it (1)"
+    )
+    top_k: int | None = Field(None, json_schema_extra=_within(0), description="keep the k best tokens; 0 keeps all (0)")
+    top_p: float | None = Field(
+        None,
+        json_schema_extra={"exclusiveMinimum": 0, "maximum": 1},
+        description="keep the best tokens that reach this probability (1)",
+    )
+    min_p: float | None = Field(
+        None, json_schema_extra=_within(0, 1), description="drop tokens less probable than this times the best (0)"
+    )
+    repetition_penalty: float | None = Field(
+        None, json_schema_extra=_within(0.01, 100), description="above 1 makes tokens seen before less likely (1)"
+    )
+    presence_penalty: float | None = Field(
+        None, json_schema_extra=_within(-2, 2), description="subtracted once from generated tokens' logits (0)"
+    )
+    frequency_penalty: float | None = Field(
+        None, json_schema_extra=_within(-2, 2), description="subtracted each time they were generated (0)"
+    )
     logit_bias: dict[str, float] | None = Field(None, description="-100..100 by token id, added to logits")
-    seed: int | None = Field(None, description="makes sampling repeatable; the i-th of n choices uses seed + i")
+    seed: int | None = Field(
+        None,
+        json_schema_extra=_within(0, 2**63 - 1),
+        description="makes sampling repeatable; the i-th of n choices uses seed + i",
+    )
     stop: str | list[str] | None = Field(None, description="strings that end generation; not part of the text")
     stop_token_ids: list[int] | None = Field(None, description="token ids that end generation; not part of the text")
     ignore_eos: bool | None = Field(None, description="go on after the model's end of text (false)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from serving.api.chat_request import refuse_unsupported
 from serving.api.conversation import ChatMessage, Message
@@ -61,12 +61,18 @@ class ResponseStreamOptions(Body):
 class ResponseRequest(GenerationBody):
     """Body of `/v1/responses`: OpenAI's fields, and those of `/generate` that say how to sample."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"input": "Hello", "instructions": "Be brief.", "max_output_tokens": 16}]}
+    )
+
     input: str | list[InputMessage] = Field(description="what is new of the conversation")
     model: str | None = Field(None, description="the served model's name, as `/v1/models` lists it")
     instructions: str | None = Field(None, description="a system's message, for this response alone")
     previous_response_id: str | None = Field(None, description="go on after this response, as often as you like")
     store: bool | None = Field(None, description="whether later ones may go on after this one (true)")
-    max_output_tokens: int | None = Field(None, description="most tokens to generate (the server's limit)")
+    max_output_tokens: int | None = Field(
+        None, json_schema_extra={"minimum": 0}, description="most tokens to generate (the server's limit)"
+    )
     text: TextOptions | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token, see include")
     include: list[str] | None = Field(None, description=f"only {LOGPROBS}")

@@ -193,6 +193,9 @@ def _require_ttl(ttl_s: float | None, backend: Backend) -> None:
 
 
 def _page_limit(request: Request) -> int:
+    for name in request.query_params:
+        if name not in ("limit", "before"):
+            raise RequestError(name[:80], "unknown parameter, expected limit or before")
     given = request.query_params.get("limit", str(DEFAULT_PAGE))
     if not (given.isascii() and given.isdecimal() and 1 <= int(given[:9]) <= LARGEST_PAGE):
         raise RequestError("limit", f"must be an integer in 1..{LARGEST_PAGE}, got {given!r:.80}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -22,6 +22,8 @@ _LONG = 4096  # ids whose decoding takes long enough to hold up the event loop
 class TokenizeRequest(Body):
     """Body of `/tokenize`; exactly one of `prompt` and `messages`."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "def main(", "return_token_strs": True}]})
+
     model: str | None = Field(None, description="the served model's name")
     prompt: str | None = Field(None, description="text")
     messages: list[ChatMessage] | None = Field(None, description="a conversation, for the chat template")
@@ -31,6 +33,8 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     """Body of `/detokenize`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [1, 2, 3]}]})
 
     model: str | None = Field(None, description="the served model's name")
     tokens: list[int] = Field(description="token ids")
