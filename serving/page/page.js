@@ -14,6 +14,7 @@ import { drawFigures, drawPath, drawTree } from "./view.js";
 
 const CHECKS = 6; // sessions looked up at a time
 const TRASH_MS = 1000;
+const NEAR_PX = 40; // to the end of the text: new text is followed
 const REDRAW_MS = 250; // of a comparison while one side grows
 
 const turns = new Turns();
@@ -27,7 +28,9 @@ const server = new Server(connect);
 let selected = sessionStorage.getItem("yunmin.selected"); // id of the turn that is shown, and that the next one follows
 let compared = sessionStorage.getItem("yunmin.compared"); // id of the turn beside it, or null
 let focused = null; // id in the tree
-let running = null; // { turn, abort, grows: the node of its text, compared: when it was last drawn beside another }
+let drawn = null; // id of the turn whose text is shown
+// { turn, abort, grows: the node of its text, shown: how much of it, compared: when it was last drawn beside another }
+let running = null;
 let busy = false; // something else is being done on the server
 
 // ---- drawing
@@ -53,14 +56,16 @@ function drawTurns() {
 }
 
 function drawText() {
+  const follows = drawn !== selected || atEnd(); // else it is only refreshed, and stays where it is read
   const comparing = compared !== null;
   byId("transcript").hidden = comparing;
   byId("compare").hidden = !comparing;
   const turn = turns.get(selected);
   if (comparing) drawComparison(byId("compare"), turns, turn, turns.get(compared), { choose, go: branch, close: closeComparison });
   const grows = drawPath(byId("transcript"), turns, turn, { branch, again, compareFrom, download, remove, readAgain: revive });
-  if (running) running.grows = running.turn === turn ? grows : null;
-  if (!comparing) scrollDown();
+  if (running) Object.assign(running, { grows: running.turn === turn ? grows : null, shown: running.turn.text.length });
+  if (!comparing && follows) scrollDown();
+  drawn = comparing ? null : selected;
 }
 
 function drawControls() {
@@ -76,8 +81,16 @@ function drawControls() {
   if (had) (running ? stop : send).focus();
 }
 
+/** What scrolls the text: on narrow screens the whole page. */
+const scroller = () => (wide.matches ? byId("transcript") : document.scrollingElement);
+
+function atEnd() {
+  const { scrollHeight, scrollTop, clientHeight } = scroller();
+  return scrollHeight - scrollTop - clientHeight < NEAR_PX;
+}
+
 function scrollDown() {
-  const element = byId("transcript");
+  const element = scroller();
   element.scrollTop = element.scrollHeight;
 }
 
@@ -95,6 +108,7 @@ async function send() {
 
 /** Runs a turn after another; gives whether anything came of it. */
 async function start(parent, given) {
+  if (busy || running) return false;
   notice.clear();
   if (parent !== null && !turns.isAlive(parent)) {
     const message = `The server has no state to go on from after turn ${turns.label(parent)}. It can read the text again.`;
@@ -102,7 +116,7 @@ async function start(parent, given) {
     return false;
   }
   const turn = turns.add({ status: "running", parent: parent?.id ?? null, prompt: given, sampling: sampling.read() });
-  running = { turn, abort: new AbortController(), grows: null, compared: 0 };
+  running = { turn, abort: new AbortController(), grows: null, shown: 0, compared: 0 };
   selected = turn.id;
   speaker.begin();
   draw();
@@ -129,10 +143,10 @@ async function start(parent, given) {
 
 /** Draws what has come of the turn that runs. */
 function grow(text) {
-  const element = byId("transcript");
-  const atEnd = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
-  running.grows?.append(text);
-  if (atEnd) scrollDown();
+  const follows = atEnd();
+  running.grows?.append(running.turn.text.slice(running.shown));
+  running.shown = running.turn.text.length;
+  if (follows) scrollDown();
   speaker.add(text);
   drawFigures(byId("figures"), running.turn, server.stateBytes);
   if (compared !== null && performance.now() - running.compared > REDRAW_MS) {
@@ -168,7 +182,7 @@ function fail(error, again) {
   if (!(error instanceof api.ApiError)) {
     const full = error.name === "QuotaExceededError";
     notice.show(full ? "The browser's storage is full: delete turns to keep new ones." : `Something went wrong: ${error.message}`);
-    if (!full) throw error;
+    if (!full) console.error(error);
     return;
   }
   if (error.unreachable) server.lost();

@@ -79,7 +79,7 @@ export class Turns {
   /** Stores a turn; throws where the browser has no room left. */
   save(turn) {
     if (this.left || !this.all.has(turn.id)) return;
-    turn.saved = Date.now();
+    if (turn.status === "running") turn.saved = Date.now(); // alone: other tabs hear only of what is new
     localStorage.setItem(TURN + turn.id, JSON.stringify(turn));
   }
 

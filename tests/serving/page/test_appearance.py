@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-import re
-
-import httpx
 import pytest
 from playwright.sync_api import expect
 
-from serving.api.page import FILES
-from tests.serving.fixtures import Running
 from tests.serving.page.browser import Visit, contrast
 from tests.serving.page.conftest import Visiting
 
@@ -97,26 +92,3 @@ def test_every_control_has_a_name(visit: Visit) -> None:
         .filter((control) => !control.textContent.trim())
         .map((control) => control.outerHTML)"""
     assert visit.page.evaluate(unnamed) == []
-
-
-def test_files_are_served_with_a_policy_and_kept_until_they_change(serving: Running) -> None:
-    for path in ("/", "/docs", *(f"/page/{name}" for name in FILES)):
-        response = httpx.get(serving.url + path)
-        assert response.status_code == 200, path
-        policy = response.headers["content-security-policy"]
-        assert "default-src 'none'" in policy
-        assert "frame-ancestors 'none'" in policy
-        assert "script-src 'self'" in policy or path.startswith("/page/")
-        assert "'unsafe-inline'" not in policy or path == "/docs"
-        assert response.headers["x-content-type-options"] == "nosniff"
-        assert response.headers["cache-control"] == "no-cache"
-        known = {"if-none-match": response.headers["etag"]}
-        assert httpx.get(serving.url + path, headers=known).status_code == 304
-        assert httpx.get(serving.url + path, headers={"if-none-match": '"other"'}).status_code == 200
-    assert httpx.get(f"{serving.url}/page/other.js").json()["error"]["code"] == "not_found"
-
-
-def test_the_page_names_no_other_host() -> None:
-    for name, file in FILES.items():
-        found = re.findall(rb"https?://[\w.]+", file.content)
-        assert set(found) <= {b"http://www.w3.org"}, name  # the namespace of SVG, which nobody fetches
