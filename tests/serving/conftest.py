@@ -27,5 +27,6 @@ def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     log = tmp_path_factory.mktemp("server") / "log.txt"
     limits = ["--slots", "2", "--queue", "2", "--prefill-chunk", "16", "--max-prompt-tokens", "400"]
     limits += ["--max-tokens", "100000", "--max-body-bytes", "20000", "--deadline-s", "60", "--threads", "1"]
+    limits += ["--chat-template", "chatml"]
     with server([*YUNMIN, "serve", str(model_folder), "--port", "0", "--device", "cpu", *limits], log) as started:
         yield started

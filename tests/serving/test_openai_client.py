@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from serving.api.chat_template import BUILT_IN, ChatTemplate
 from tests.serving.fixtures import Running
 from yunmin.language_model import LanguageModel
 
@@ -26,6 +27,55 @@ def test_completion(client: openai.OpenAI, model: LanguageModel) -> None:
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 9
     assert answer.usage.total_tokens == 9 + expected.prompt_tokens
+
+
+def chat_prompt(*messages: tuple[str, str]) -> str:
+    conversation = [{"role": role, "content": content} for role, content in messages]
+    return ChatTemplate(BUILT_IN["chatml"][0], {}).render(conversation)
+
+
+def test_a_chat_streams_while_it_is_generated(client: openai.OpenAI, running: Running, model: LanguageModel) -> None:
+    messages: Any = [{"role": "user", "content": "Grüße?"}]
+    expected = model.generate(chat_prompt(("user", "Grüße?")), max_tokens=30, temperature=0).text
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_completion_tokens=30, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+    endless = client.chat.completions.create(
+        model="tiny", messages=messages, max_completion_tokens=100_000, temperature=0, stream=True, stop=[]
+    )
+    assert next(iter(endless)).choices[0].delta.role == "assistant"
+    assert running.metric("yunmin_running_sequences") == 1
+    endless.close()
+    running.wait_for("yunmin_running_sequences", 0)
+
+
+def test_responses_go_on_after_one_another(client: openai.OpenAI, model: LanguageModel) -> None:
+    options: Any = {"model": "tiny", "max_output_tokens": 10, "temperature": 0}
+    first = client.responses.create(input="One", **options)
+    with client.responses.stream(input="Two", previous_response_id=first.id, **options) as stream:
+        events = list(stream)
+    prompt = chat_prompt(("user", "One"), ("assistant", first.output_text), ("user", "Two"))
+    expected = model.generate(prompt, max_tokens=10, temperature=0).text
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
+    last = events[-1]
+    assert last.type == "response.incomplete"  # as OpenAI's, where the limit has ended it
+    assert last.response.output_text == expected
+    with client.responses.stream(input="x", model="tiny", extra_body={"choice": ["yes"]}) as stream:
+        assert stream.get_final_response().output_text == "yes"
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+
+
+def test_a_session_passes_as_extra_body(client: openai.OpenAI, model: LanguageModel) -> None:
+    session: Any = client.post("/sessions", body={"prompt": "def main("}, cast_to=object)
+    answer = client.completions.create(
+        model="tiny", prompt="", max_tokens=6, temperature=0, extra_body={"session_id": session["id"]}
+    )
+    assert answer.choices[0].text == model.generate("def main(", max_tokens=6, temperature=0).text
+    assert answer.model_extra is not None
+    assert answer.model_extra["session"]["position"] == session["position"] + 6
 
 
 def test_completion_has_the_default_length_of_openai(client: openai.OpenAI) -> None:
