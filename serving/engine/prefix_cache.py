@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from yunmin.state import MambaState
 
 MIN_TOKENS = 8  # a shorter prefix is read again in less time than its state takes to copy
 _SEEN_TOKENS = 1 << 20  # ids of prompts without a checkpoint that are remembered
+_LEAF_TOKENS = 64  # a node takes as much memory as so many ids
 
 # what a lookup found: the whole prompt or part of it; else why not: nothing began alike, what did was not kept at any
 # position on the way, or no longer is, or the prompt is too short to be worth it
@@ -52,7 +54,7 @@ class Checkpoint:
 class _Node:
     """A position in the tree; `edge` leads to it from its parent."""
 
-    __slots__ = ("checkpoint", "children", "depth", "edge", "evicted", "parent", "priority")
+    __slots__ = ("checkpoint", "children", "depth", "edge", "evicted", "parent", "priority", "used")
 
     def __init__(self, parent: _Node | None, edge: array[int], depth: int) -> None:
         self.parent = parent
@@ -60,6 +62,7 @@ class _Node:
         self.depth = depth
         self.children: dict[int, _Node] = {}
         self.checkpoint: Checkpoint | None = None
+        self.used = 0.0  # the inflation when its checkpoint was used last
         self.priority = 0.0
         self.evicted = False
 
@@ -112,9 +115,9 @@ class PrefixCache:
         best: _Node | None = None
         evicted = False
         for node, common in self._walk(ids):
-            if common == len(node.edge) and node.checkpoint is not None:
-                best = node
-            evicted |= node.evicted
+            if common == len(node.edge):
+                best = node if node.checkpoint is not None else best
+                evicted |= node.evicted
         if best is not None:
             self._touch(best)
             return best.checkpoint, "whole" if best.depth == len(ids) else "part"
@@ -132,12 +135,16 @@ class PrefixCache:
         """
         if not self._budget or len(ids) < MIN_TOKENS:
             return []
-        partings = [node.depth for node, common in self._walk(ids) if common == len(node.edge) and node.children]
-        stops = [len(ids)]
-        for position in sorted({*partings, *turn_ends, *range(self._interval, len(ids), self._interval)}, reverse=True):
-            if begin + MIN_TOKENS <= position <= stops[-1] - MIN_TOKENS:
-                stops.append(position)
-        return stops
+        stops: list[int] = []
+        for node, common in self._walk(ids):
+            if common == len(node.edge) and len(node.children) > 1 and node.depth < len(ids):
+                # of partings close together the first one serves all, and none gives way to what is only likely
+                _insert_apart(stops, node.depth, begin, len(ids) + MIN_TOKENS)
+        stops.append(len(ids))
+        for positions in (sorted(turn_ends), range(self._interval, len(ids), self._interval)):
+            for position in positions:
+                _insert_apart(stops, position, begin, len(ids))
+        return stops[::-1]
 
     def put(self, ids: Sequence[int], state: MambaState, logits: Tensor) -> None:
         """Keeps the checkpoint after `ids`, in place of what there was at that position.
@@ -208,14 +215,22 @@ class PrefixCache:
 
     def _touch(self, node: _Node) -> None:
         """Makes a checkpoint the most recent: its priority is what it saves per byte, above what was evicted last."""
+        node.used = self._inflation
+        self._queue_up(node, self._worth(node))
+
+    def _worth(self, node: _Node) -> float:
+        """The priority of a checkpoint, by the ones that there are before it now."""
         assert node.checkpoint is not None
         ancestor = node.parent
         while ancestor is not None and ancestor.checkpoint is None:
             ancestor = ancestor.parent
         saved = node.depth - (0 if ancestor is None else ancestor.depth)
-        node.priority = self._inflation + saved / node.checkpoint.nbytes
+        return node.used + saved / node.checkpoint.nbytes
+
+    def _queue_up(self, node: _Node, priority: float) -> None:
+        node.priority = priority
         self._tick += 1
-        heapq.heappush(self._queue, (node.priority, self._tick, node))
+        heapq.heappush(self._queue, (priority, self._tick, node))
         if len(self._queue) > 64 + 4 * self.checkpoints:  # mostly stale
             self._queue = [entry for entry in self._queue if self._is_current(entry)]
             heapq.heapify(self._queue)
@@ -224,10 +239,14 @@ class PrefixCache:
         return entry[2].checkpoint is not None and entry[0] == entry[2].priority
 
     def _evict(self) -> None:
-        while not self._is_current(entry := heapq.heappop(self._queue)):
-            pass
-        node = entry[2]
-        self._inflation = max(self._inflation, entry[0])
+        while True:
+            entry = heapq.heappop(self._queue)
+            if self._is_current(entry):
+                node = entry[2]
+                if (worth := self._worth(node)) <= node.priority:
+                    break
+                self._queue_up(node, worth)  # one before it has gone since, whose work it now saves, too
+        self._inflation = max(self._inflation, node.priority)
         self.evictions += 1
         self._drop_checkpoint(node)
         node.evicted = True
@@ -243,12 +262,12 @@ class PrefixCache:
     def _note_bare(self, node: _Node) -> None:
         self._forget_bare(node)
         self._bare[node] = None
-        self._bare_tokens += len(node.edge)
+        self._bare_tokens += len(node.edge) + _LEAF_TOKENS
 
     def _forget_bare(self, node: _Node) -> None:
         if node in self._bare:
             del self._bare[node]
-            self._bare_tokens -= len(node.edge)
+            self._bare_tokens -= len(node.edge) + _LEAF_TOKENS
 
     def _prune(self, node: _Node) -> None:
         """Removes a leaf without a checkpoint, and joins what it leaves behind."""
@@ -269,6 +288,15 @@ class PrefixCache:
             parent.parent.children[child.edge[0]] = child
             if is_bare:
                 self._note_bare(child)
+
+
+def _insert_apart(stops: list[int], position: int, begin: int, end: int) -> None:
+    """Inserts a position into ascending ones, unless one of them or a bound is close by."""
+    place = bisect(stops, position)
+    before = stops[place - 1] if place else begin
+    after = stops[place] if place < len(stops) else end
+    if before + MIN_TOKENS <= position <= after - MIN_TOKENS:
+        stops.insert(place, position)
 
 
 def _common(edge: array[int], ids: Sequence[int], position: int) -> int:

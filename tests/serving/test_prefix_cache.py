@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,6 +92,41 @@ def test_checkpoints_are_planned_at_turn_ends_and_at_intervals() -> None:
     assert cache.plan(ids, [80], 60) == [120, 100, 80]
 
 
+@pytest.mark.parametrize("tail", [1, 4, MIN_TOKENS, 60])
+@pytest.mark.parametrize("shared", [500, 1020, 1024, 1027])
+def test_whatever_is_near_a_parting_the_third_prompt_resumes_there(shared: int, tail: int) -> None:
+    cache = PrefixCache(PLENTY, 1024)  # an interval ends close to some of the partings
+    for number in range(4):
+        ids = [1] * shared + [10 + number] * tail
+        cache.see(ids)
+        begin = found(cache, ids)
+        assert number < 2 or shared - MIN_TOKENS < begin <= shared
+        for position in reversed(cache.plan(ids, [shared + 3], begin)):
+            put(cache, ids[:position])
+
+
+def test_partings_close_together_cost_one_checkpoint_before_them() -> None:
+    cache = PrefixCache(PLENTY, 1024)
+    for cut in range(100, 116):
+        cache.see([1] * cut + [2] * 50)
+    ids = [1] * 116 + [3] * 50
+    cache.see(ids)
+    assert cache.plan(ids, [], 0) == [len(ids), 108, 100]
+
+
+@given(PROMPTS, st.lists(st.integers(-3, 40)), st.integers(0, 20))
+def test_planned_positions_lie_apart_in_order_and_before_the_end(tails: list[Ids], turn_ends: Ids, begin: int) -> None:
+    cache = PrefixCache(PLENTY, 16)
+    for tail in tails:
+        cache.see(START + tail)
+    ids = START + tails[-1]
+    end, *stops = cache.plan(ids, turn_ends, min(begin, len(ids)))
+    assert end == len(ids)
+    assert stops == sorted(set(stops), reverse=True)
+    assert all(a - b >= MIN_TOKENS for a, b in itertools.pairwise([*stops, begin]))
+    assert all(stop < end for stop in stops)
+
+
 def test_nothing_is_kept_without_a_budget() -> None:
     cache = PrefixCache(0, 1024)
     assert cache.see(START) == 0
@@ -124,6 +162,19 @@ def test_a_checkpoint_within_another_counts_what_it_saves_beyond_it() -> None:
     assert found(cache, [2] * 40) == 40
 
 
+def test_a_checkpoint_takes_over_what_one_before_it_saved() -> None:
+    cache = PrefixCache(3 * SIZE, 1024)
+    put(cache, [1] * 200)
+    for n in (2, 3, 4):
+        put(cache, [n] * 150)
+    put(cache, [1] * 300)  # saves 100
+    for n in (5, 6):
+        put(cache, [n] * 150)
+    assert found(cache, [1] * 200) == 0
+    put(cache, [7] * 150)  # by now the other saves 300
+    assert found(cache, [1] * 300) == 300
+
+
 def test_outcomes_say_why_nothing_was_found() -> None:
     cache = PrefixCache(SIZE, 1024)
 
@@ -138,6 +189,14 @@ def test_outcomes_say_why_nothing_was_found() -> None:
     assert outcome([1] * 31) == "part"
     put(cache, [2] * 90)
     assert outcome([1] * 30) == "evicted"
+
+
+def test_many_prompts_that_differ_in_one_token_are_forgotten_too() -> None:
+    cache = PrefixCache(PLENTY, 1024)
+    for n in range(20_000):
+        cache.see([*START, n])
+    assert cache.see([*START, 0, 5]) == len(START)
+    assert cache.see([*START, 19_999, 5]) == len(START) + 1
 
 
 def test_prompts_seen_long_ago_are_forgotten() -> None:
