@@ -37,11 +37,11 @@ class DecodeBatch:
         self.sequences.append(sequence)
 
     def remove(self, sequence: ActiveSequence) -> None:
-        row = self.sequences.index(sequence)
-        last = self.sequences.pop()
-        if last is not sequence:
-            self._runtime.scatter(self._memory, [row], self._runtime.gather(self._memory, [len(self.sequences)]))
-            self.sequences[row] = last
+        row, last = self.sequences.index(sequence), len(self.sequences) - 1
+        if row != last:
+            self._runtime.scatter(self._memory, [row], self._runtime.gather(self._memory, [last]))
+            self.sequences[row] = self.sequences[last]
+        self.sequences.pop()  # only now: where the copy fails, nobody has got lost
 
     def state_of(self, sequence: ActiveSequence) -> MambaState:
         """A copy of its state."""

@@ -74,10 +74,10 @@ class PromptReader:
         return [sequence for _, _, sequence in self._heap]
 
     def add(self, sequence: ActiveSequence) -> None:
-        if self._may_use_cache(sequence):
-            sequence.seen = self._cache.see(sequence.prompt_ids)
         self._arrivals += 1
         heapq.heappush(self._heap, (self._tokens + sequence.left_to_read, self._arrivals, sequence))
+        if sequence.state is None and self._may_use_cache(sequence):  # a sibling goes on from the first one's state
+            sequence.seen = self._cache.see(sequence.prompt_ids)
 
     def first(self) -> ActiveSequence:
         """The one that is read next."""
@@ -86,6 +86,10 @@ class PromptReader:
     def remove(self, sequence: ActiveSequence) -> None:
         self._heap = [entry for entry in self._heap if entry[2] is not sequence]
         heapq.heapify(self._heap)
+
+    def clear(self) -> None:
+        """Lets go of everyone."""
+        self._heap.clear()
 
     def read(self, sequence: ActiveSequence, budget: int) -> int:
         """Reads at most `budget` tokens of a prompt; keeps a checkpoint where one is wanted.

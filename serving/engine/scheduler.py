@@ -72,13 +72,20 @@ class Scheduler:
         self.report()
 
     def dismiss_all(self, reason: str) -> None:
-        """Ends everyone, those who wait included, with an `EngineStoppedError`."""
+        """Ends everyone, those who wait included, with an `EngineStoppedError`.
+
+        The runtime is left alone: it may be what has failed.
+        """
 
         def stays(sequence: ActiveSequence) -> bool:
             self._end(sequence, "error", EngineStoppedError(reason))
             return False
 
-        self._each_stays(stays)
+        self._admission.keep(stays)
+        for sequence in (*self._reader.sequences(), *self._batch.sequences):
+            stays(sequence)
+        self._reader.clear()
+        self._batch.sequences.clear()
         self._outbox.flush()
         self.report()
 

@@ -91,6 +91,8 @@ class TokenStream:
                 await self._waiter
             finally:
                 self._waiter = None
+            if self._ended:  # cancelled meanwhile
+                raise StopAsyncIteration
         event = self._events.popleft()
         if isinstance(event, YunminError):
             self._ended = True
@@ -116,14 +118,21 @@ class TokenStream:
         self.cancel()
 
     def cancel(self) -> None:
-        """Gives the slot back before the next step; nothing happens to a sequence that has ended."""
+        """Gives the slot back before the next step; nothing happens to a sequence that has ended.
+
+        Whoever waits for the next piece is told that there is none.
+        """
         if not self._ended:
             self._ended = self.cancelled = True
+            self._wake()
             self._on_cancel()
 
     def _take(self, event: Event) -> None:
         """Called on the event loop."""
         self._events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

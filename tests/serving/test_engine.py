@@ -231,6 +231,41 @@ def test_an_engine_whose_thread_dies_says_so(model: LanguageModel, monkeypatch: 
     run(main())
 
 
+def test_whoever_is_here_when_the_states_cannot_be_moved_any_more_is_told(model: LanguageModel) -> None:
+    runtime = WatchedRuntime(model)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("illegal memory access")
+
+    async def main() -> None:
+        async with engine_on(model, runtime=runtime) as engine:
+            leaving, *running = (engine.submit(Job([n], FOREVER, 60)) for n in (1, 2, 3))
+            for stream in (leaving, *running):
+                await anext(stream)
+            waiting = engine.submit(Job([4], FOREVER, 60))
+            runtime.gather = broken  # type: ignore[method-assign, assignment]
+            leaving.cancel()
+            for stream in (*running, waiting):
+                with pytest.raises(EngineStoppedError, match="failed"):
+                    await read(stream)
+            assert not engine.is_alive
+
+    run(main())
+
+
+def test_who_waits_for_a_sequence_that_is_cancelled_waits_no_longer(model: LanguageModel) -> None:
+    async def main() -> None:
+        async with engine_on(model, slots=1) as engine:
+            running, waiting = (engine.submit(Job([1], FOREVER, 60)) for _ in range(2))
+            await anext(running)
+            reader = asyncio.create_task(anext(waiting, None))
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            assert await reader is None
+
+    run(main())
+
+
 def test_decode_steps_go_on_while_a_long_prompt_is_read(model: LanguageModel) -> None:
     runtime = WatchedRuntime(model)
 
