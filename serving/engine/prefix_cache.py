@@ -24,6 +24,7 @@ from torch import Tensor
 from yunmin.state import MambaState
 
 MIN_TOKENS = 8  # a shorter prefix is read again in less time than its state takes to copy
+_TENSOR_BYTES = 1024  # about what a tensor takes beside its numbers: most of it where a model is tiny
 _SEEN_TOKENS = 1 << 20  # ids of prompts without a checkpoint that are remembered
 _LEAF_TOKENS = 64  # a node takes as much memory as so many ids
 
@@ -48,7 +49,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return self.state.nbytes + self.logits.nbytes
+        tensors = 1 + len(self.state.conv) + len(self.state.ssm)
+        return self.state.nbytes + self.logits.nbytes + tensors * _TENSOR_BYTES
 
 
 class _Node:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.prefix_cache import MIN_TOKENS, PrefixCache
+from serving.engine.prefix_cache import MIN_TOKENS, Checkpoint, PrefixCache
 from yunmin.state import MambaState
 
 PLENTY = 1 << 30
@@ -19,7 +19,7 @@ def checkpoint() -> tuple[MambaState, torch.Tensor]:
     return MambaState((torch.zeros(1, 2, 3),), (torch.zeros(1, 2, 4),)), torch.zeros(8)
 
 
-SIZE = checkpoint()[0].nbytes + checkpoint()[1].nbytes
+SIZE = Checkpoint(0, *checkpoint()).nbytes
 
 
 def put(cache: PrefixCache, ids: Ids) -> MambaState:
