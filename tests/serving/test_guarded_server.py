@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ import httpx
 import pytest
 
 import yunmin
-from tests.serving.fixtures import YUNMIN, Running, server, write_model
+from tests.serving.fixtures import ROOT, YUNMIN, Running, server, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +108,47 @@ def test_no_key_is_in_the_log_or_the_process_list(guarded: Running) -> None:
     httpx.get(f"{guarded.url}/v1/models", headers={"Authorization": "Bearer secret-wrong"})
     assert "secret-" not in guarded.log.read_text()
     assert "secret-" not in Path(f"/proc/{guarded.process.pid}/cmdline").read_text()
+
+
+TRACED = """
+import asyncio, httpx
+from opentelemetry import trace
+from serving.service import create_asgi
+
+async def main():
+    app = create_asgi()
+    async with app.router.lifespan_context(app):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            assert (await client.post("/generate_stream", json={"prompt": "x", "max_tokens": 3})).status_code == 200
+    provider = trace.get_tracer_provider()
+    provider.force_flush()
+    (processor,) = provider._active_span_processor._span_processors
+    spans = {span.name: span for span in processor.span_exporter.get_finished_spans()}
+    parent = spans["POST /generate_stream"].context.span_id
+    for name in ("queue", "prefill", "decode"):
+        assert spans["yunmin." + name].parent.span_id == parent
+
+asyncio.run(main())
+"""
+
+
+def test_bentomls_own_settings_turn_traces_on(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    tracing = {"exporter_type": "in_memory", "sample_rate": "1.0"}
+    environ = {
+        "YUNMIN_ARTIFACT": str(folders[0]),
+        "YUNMIN_DEVICE": "cpu",
+        "BENTOML_HOME": str(tmp_path),
+        "BENTOML_CONFIG_OPTIONS": " ".join(f"services.yunmin.tracing.{key}={value}" for key, value in tracing.items()),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TRACED],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_key_file_with_a_mistake_is_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
