@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -70,8 +70,11 @@ async def place_for(record: Record, previous_id: str | None, store: bool | None)
     try:
         async with sessions.use(own.id) as lease:
             messages = [_plain(message) for message in lease.record.messages]
+            before = lease.snapshot
+            if before is not None:  # two that go on after the same one shall not draw the same
+                before = replace(before, sampler_state=None)
             # a version that only this request has read is not worth saving
-            start = Start(lease.snapshot, lease if keep else None)
+            start = Start(before, lease if keep else None)
             yield Place(_PREFIX + own.id.removeprefix(_SESSION_PREFIX), start, messages)
             saved = lease.record.version > own.version
     finally:

@@ -122,8 +122,10 @@ class EventStream(Response):
         except ClientLeftError:
             record_in(scope).outcome = "client_left"
         finally:
-            await self._frames.aclose()
-            await self._on_close()
+            try:
+                await self._frames.aclose()
+            finally:
+                await self._on_close()  # whatever happens, nothing stays held
 
     async def _send_all(self, send: Send) -> None:
         async for data in self._frames:

@@ -76,6 +76,21 @@ def test_a_response_goes_on_after_another_as_often_as_one_likes(model: LanguageM
     respond(model, body)
 
 
+def test_responses_after_the_same_one_draw_apart_unless_they_name_a_seed(model: LanguageModel) -> None:
+    async def body(app: Starlette) -> None:
+        async with http_client(app) as client:
+            # a text that the model can spell in one way only, so that its state is gone on with
+            first = (await client.post(PATH, json={"input": "One", "choice": ["x"]})).json()
+            asked = {"input": "Two", "previous_response_id": first["id"], "max_output_tokens": 12}
+            found = [(await client.post(PATH, json=asked | seed)).json() for seed in ({}, {}, {"seed": 5}, {"seed": 5})]
+        assert all(response["usage"]["input_tokens_details"]["cached_tokens"] for response in found)
+        texts = [response["output"][0]["content"][0]["text"] for response in found]
+        assert texts[0] != texts[1]
+        assert texts[2] == texts[3]
+
+    respond(model, body, CACHE_BYTES="0")
+
+
 def test_a_session_whose_ids_begin_the_conversation_is_gone_on_with(model: LanguageModel) -> None:
     async def body(app: Starlette) -> None:
         async with http_client(app) as client:
