@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -39,6 +42,31 @@ def test_logits_outlive_the_next_step(runtime: CudaGraphRuntime) -> None:
     before = logits.clone()
     runtime.step([2], state)
     assert torch.equal(logits, before)
+
+
+def test_a_capture_does_not_mind_what_other_threads_allocate_and_copy(runtime: CudaGraphRuntime) -> None:
+    stop = threading.Event()
+
+    def allocate_and_copy() -> int:
+        kept, rounds = [], 0
+        while not stop.is_set():
+            kept.append(torch.ones(1 << 20, device="cuda"))  # new memory, not what the allocator has at hand
+            assert kept[-1].cpu().sum() == 1 << 20
+            rounds += 1
+            if len(kept) == 500:
+                kept.clear()
+        return rounds
+
+    with ThreadPoolExecutor(1) as other:
+        rounds = other.submit(allocate_and_copy)
+        try:
+            pool = runtime.new_state(16)
+            for rows in range(1, 17):
+                for _ in range(4):
+                    runtime.step([1] * rows, pool.first_rows(rows))
+        finally:
+            stop.set()
+        assert rounds.result() > 0
 
 
 def test_a_graph_of_memory_that_was_freed_is_never_replayed_on_another(runtime: CudaGraphRuntime) -> None:

@@ -76,7 +76,9 @@ class CudaGraphRuntime(TorchRuntime):
         """Records a step; capturing computes nothing, so the states stay as they are."""
         token_ids = ids.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+        # thread_local: other threads may allocate and copy meanwhile (sessions are restored and saved by them)
+        capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), capture:
             logits = self._step_in_place(token_ids, state)
         return _Captured(graph, token_ids, logits)
 
