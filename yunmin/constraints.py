@@ -6,6 +6,7 @@ The work is done by `llguidance`, which says after each token which ones may fol
 from __future__ import annotations
 
 import json
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 
-MAX_SOURCE_LENGTH = 256 * 1024
+# compiling takes time that grows with more than the square of the length, and nothing can stop it: a second at most
+# for what people write, for these lengths a few
+MAX_SOURCE_LENGTH: Mapping[Kind, int] = {
+    "json_schema": 64 * 1024,
+    "json_object": 0,
+    "regex": 16 * 1024,
+    "choice": 256 * 1024,
+    "grammar": 16 * 1024,
+}
 _KEPT = 64  # compiled constraints for each tokenizer
 _END = "<|end of constrained text|>"
 # a model may go on with spaces for ever where a schema allows any number of them
@@ -55,8 +64,8 @@ class Constraint:
             raise RequestError("constraint", f"expected one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if not isinstance(self.source, str):
             raise RequestError(self.kind, f"must be a string, got {type(self.source).__name__}")
-        if len(self.source) > MAX_SOURCE_LENGTH:
-            raise RequestError(self.kind, f"at most {MAX_SOURCE_LENGTH} characters, got {len(self.source)}")
+        if len(self.source) > (most := MAX_SOURCE_LENGTH[self.kind]):
+            raise RequestError(self.kind, f"at most {most} characters, got {len(self.source)}")
         if self.kind in ("json_schema", "choice"):
             _read_json(self.kind, self.source)
 
@@ -179,11 +188,20 @@ def compile_constraint(constraint: Constraint, tokenizer: Tokenizer | None, n_to
     """
     if tokenizer is None:
         raise RequestError(constraint.kind, "needs a tokenizer, and this model has none")
+    return _compiler_of(tokenizer).compile(constraint, tokenizer, n_tokens)
+
+
+def is_compiled(constraint: Constraint, tokenizer: Tokenizer | None, n_tokens: int) -> bool:
+    """Whether `compile_constraint` with the same arguments would find it among those compiled last."""
+    return tokenizer is not None and _compiler_of(tokenizer).has(constraint, n_tokens)
+
+
+def _compiler_of(tokenizer: Tokenizer) -> _Compiler:
     with _LOCK:
         compiler = _COMPILERS.get(tokenizer)
         if compiler is None:
             compiler = _COMPILERS[tokenizer] = _Compiler()
-    return compiler.compile(constraint, tokenizer, n_tokens)
+        return compiler
 
 
 class _Compiler:
@@ -193,6 +211,10 @@ class _Compiler:
         self._lock = threading.Lock()
         self._adapted: dict[int, _Adapted] = {}
         self._compiled: OrderedDict[tuple[Constraint, int], CompiledConstraint] = OrderedDict()
+
+    def has(self, constraint: Constraint, n_tokens: int) -> bool:
+        with self._lock:
+            return (constraint, n_tokens) in self._compiled
 
     def compile(self, constraint: Constraint, tokenizer: Tokenizer, n_tokens: int) -> CompiledConstraint:
         key = (constraint, n_tokens)
@@ -226,6 +248,9 @@ def _matcher(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
             schema = '{"type": "object"}' if kind == "json_object" else constraint.source
             options = {"whitespace_pattern": _WHITESPACE}  # a schema's own "x-guidance" goes before them
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=options)
+        elif kind == "choice":  # as one regular expression, since a grammar has room for some hundreds only
+            choices = dict.fromkeys(json.loads(constraint.source))
+            grammar = llguidance.grammar_from("regex", "|".join(re.escape(text) for text in choices))
         else:
             grammar = llguidance.grammar_from(kind, constraint.source)
     except ValueError as error:
@@ -234,7 +259,9 @@ def _matcher(constraint: Constraint, tokenizer: LLTokenizer) -> LLMatcher:
     if matcher.is_error():
         raise RequestError(kind, _one_line(matcher.get_error()))
     trial = matcher.deep_copy()
-    trial.compute_bitmask()
+    allowed = np.frombuffer(trial.compute_bitmask(), np.uint8)
+    if not trial.is_error():  # the limits of a grammar's size are looked at with the first token
+        trial.consume_token(int(np.unpackbits(allowed, bitorder="little").argmax()))
     if trial.is_error():
         raise RequestError(kind, f"no text can match it, or it takes too much work ({_one_line(trial.get_error())})")
     return matcher

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import yunmin
 from tests.models import small_config, trained_tokenizer, write_model
 from yunmin.config import MambaConfig
-from yunmin.constraints import Constraint, compile_constraint
+from yunmin.constraints import MAX_SOURCE_LENGTH, Constraint, compile_constraint
 from yunmin.errors import MissingExtraError, RequestError, YunminError
 from yunmin.generate import Generation
 from yunmin.language_model import LanguageModel
@@ -27,6 +27,7 @@ from yunmin.tokenizer import Tokenizer
 
 TOKENIZER = trained_tokenizer()
 EOS = 0
+PUNCTUATION = "".join(map(chr, range(1, 127))) + "ü🙂"
 LETTER = {name: TOKENIZER.encode(name)[0] for name in "ab"}
 
 
@@ -241,7 +242,7 @@ def test_a_constraint_leaves_a_fitting_greedy_text_as_it_is(model: LanguageModel
         ("json_schema", '{"not": {}}', "Unimplemented keys"),
         ("json_schema", '{"$ref": "http://localhost/x"}', "does not fetch"),
         ("json_schema", '{"$defs": {"x": {"$ref": "#/$defs/x"}}, "$ref": "#/$defs/x"}', "no text can match it"),
-        ("json_schema", " " * 300_000, "at most 262144 characters"),
+        ("json_schema", " " * 300_000, "at most 65536 characters"),
         ("choice", "[]", "must be a list of non-empty strings"),
         ("choice", '["a", 1]', "must be a list of non-empty strings"),
         ("grammar", "start: foo", "unknown name"),
@@ -255,6 +256,25 @@ def test_what_cannot_be_followed_is_refused_by_name(model: LanguageModel, kind: 
     assert caught.value.field == kind
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_would_take_long_to_compile_is_refused_by_its_length() -> None:
+    for kind in ("regex", "grammar", "json_schema"):
+        with pytest.raises(RequestError, match=f"{kind}: at most {MAX_SOURCE_LENGTH[kind]} characters"):
+            Constraint(kind, "a" * (MAX_SOURCE_LENGTH[kind] + 1))
+
+
+def test_what_breaks_a_limit_with_its_first_token_is_refused_beforehand(tokenizer: Tokenizer) -> None:
+    branches = [{"type": "object", "properties": {f"a{n}": {"type": "integer"}}} for n in range(800)]
+    with pytest.raises(RequestError, match=r"json_schema: .*max is 2000"):
+        compile_constraint(Constraint.json_schema({"anyOf": branches}), tokenizer, 300)
+
+
+def test_one_of_thousands_of_choices_is_said_whatever_characters_it_has(model: LanguageModel) -> None:
+    for choices in ([f"option {n}" for n in range(5000)], [PUNCTUATION, PUNCTUATION]):
+        found = model.generate("x", max_tokens=300, seed=3, constraint=Constraint.choice(choices))
+        assert found.finish_reason == "stop"
+        assert found.text in choices
 
 
 def test_an_unknown_kind_is_refused() -> None:
