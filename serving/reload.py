@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 
 from serving.api.backend import Backend
 from serving.api.chat_template import find_template
+from serving.engine.job import EngineStoppedError
 from serving.launch import start_engine
 from serving.sessions.opening import named_states
 from serving.settings import Settings
@@ -30,14 +31,19 @@ def allowed_artifact(settings: Settings, wanted: str | None) -> str:
     """
     if wanted is None or wanted == settings.artifact:
         return settings.artifact
-    path = Path(wanted).resolve()
+    absolute = str(Path(wanted).absolute())  # else the name of no folder here would be looked for in the Hub
+    try:
+        path = Path(absolute).resolve()
+        path.exists()
+    except (OSError, ValueError) as error:  # too long a name, or a NUL in it
+        raise ConfigError(f"expected the path of an artifact, {error}") from None
     if path == Path(settings.artifact).resolve():
-        return wanted
+        return absolute
     if not settings.reload_root:
         raise ConfigError("only the artifact that is served can be loaded again: this server has no reload_root")
     if not path.is_relative_to(Path(settings.reload_root).resolve()):
         raise ConfigError("expected an artifact in the server's reload_root, it lies elsewhere")
-    return wanted
+    return absolute
 
 
 def load_beside(backend: Backend, artifact: str) -> Backend:
@@ -74,9 +80,13 @@ async def swap(app: Starlette, artifact: str) -> Backend:
 
     Raises:
         YunminError: it cannot be loaded; what was served still is.
+        EngineStoppedError: the server is shutting down.
     """
     before: Backend = app.state.backend
     after = await asyncio.to_thread(load_beside, before, artifact)
+    if before.engine.is_draining:  # nobody would stop the new one
+        await asyncio.to_thread(after.engine.stop)
+        raise EngineStoppedError("the server is shutting down")
     app.state.backend = after
     app.state.retiring.add(before)
     task = asyncio.create_task(_retire(app, before))

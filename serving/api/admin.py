@@ -13,6 +13,7 @@ from serving.api.failures import ApiError
 from serving.api.protocol import Body, parse_request
 from serving.api.record import record_of
 from serving.api.transport import read_body
+from serving.engine.job import EngineStoppedError
 from yunmin.errors import YunminError
 
 logger = logging.getLogger("yunmin.serving")
@@ -39,6 +40,8 @@ async def reload(request: Request) -> Response:
             artifact = allowed_artifact(before.settings, asked.artifact)
             # a client that leaves must not stop what has begun half way
             after = await asyncio.shield(swap(request.app, artifact))
+        except EngineStoppedError:
+            raise
         except YunminError as error:
             logger.warning("reload refused: %s", error)
             raise ApiError(400, f"artifact: {error}", param="artifact", code="artifact_refused") from None

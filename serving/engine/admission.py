@@ -44,6 +44,10 @@ class Admission:
         return not self._draining and not self._stopped
 
     @property
+    def is_draining(self) -> bool:
+        return self._draining
+
+    @property
     def is_stopped(self) -> bool:
         return bool(self._stopped)
 

@@ -99,6 +99,11 @@ class Engine:
         return self.is_alive and self._admission.is_open
 
     @property
+    def is_draining(self) -> bool:
+        """Whether newcomers are refused because the server is to end."""
+        return self._admission.is_draining
+
+    @property
     def metrics(self) -> Metrics:
         """What is counted; an engine that takes over goes on counting there."""
         return self._metrics

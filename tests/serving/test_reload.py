@@ -149,6 +149,13 @@ def test_only_the_served_artifact_or_those_in_the_root_are_loaded(
         for path in (other_folder, tmp_path / ".." / other_folder.name, tmp_path / "link", Path("/etc")):
             assert "elsewhere" in error_of(await asked_to_reload(app, {"artifact": str(path)}), 400)["message"]
 
+    async def oddly_named(app: Starlette) -> None:
+        for name in ("a\0b", str(tmp_path / ("x" * 5000)), str(tmp_path / "none"), "state-spaces/mamba-130m"):
+            error = error_of(await asked_to_reload(app, {"artifact": name}), 400)
+            assert error["code"] == "artifact_refused"
+            assert "Hub did not" not in error["message"]
+
+    reloading(model, oddly_named, Path("/"))
     reloading(model, without_root)
     reloading(model, with_root, tmp_path)
 
@@ -164,6 +171,17 @@ def test_without_the_admin_key_there_is_no_reload(model: LanguageModel) -> None:
 
     reloading(model, keyed)
     serving(model, off)
+
+
+def test_a_server_that_drains_takes_no_other_model(model: LanguageModel, other_folder: Path) -> None:
+    async def body(app: Starlette) -> None:
+        old = app.state.backend
+        old.engine.drain()
+        error = error_of(await asked_to_reload(app, {"artifact": str(other_folder)}), 503)
+        assert error["code"] == "engine_stopped"
+        assert app.state.backend is old
+
+    reloading(model, body, other_folder.parent)
 
 
 def test_one_reload_at_a_time(model: LanguageModel) -> None:
