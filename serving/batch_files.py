@@ -152,6 +152,8 @@ class Answers:
         facts = {"format": _FORMAT, "requests_sha256": requests.sha256, "model": fingerprint}
         beside = path.with_name(f"{path.name}.batch.json")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.samefile(requests.path):
+            raise DataError(f"{path}: expected another file for the answers than that of the requests")
         self._file = path.open("a+b")
         try:
             self._lock()

@@ -11,6 +11,7 @@ import time
 
 import uvicorn
 
+from serving.connection import Connection
 from serving.service import create_asgi, running_engines, served_model, served_sessions
 from yunmin.errors import ConfigError
 
@@ -93,7 +94,7 @@ def serve(listening: socket.socket, host: str, name: str, grace_s: float) -> boo
     shown = f"[{host}]" if ":" in host else host
     ready = f"yunmin: serving {name!r} on http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops)"
     config = uvicorn.Config(
-        create_asgi(), log_config=None, server_header=False, timeout_graceful_shutdown=_LAST_EVENTS_S
+        create_asgi(), http=Connection, log_config=None, server_header=False, timeout_graceful_shutdown=_LAST_EVENTS_S
     )
     server = _Server(config, ready, grace_s)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down

@@ -16,6 +16,8 @@ END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE_FILE)
 _BYTES = 256
+# characters from where on other threads shall not wait: the library holds the interpreter's lock unless it gets a batch
+_LONG_TEXT = 4096
 
 
 class Tokenizer:
@@ -79,7 +81,13 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return list(self.encoding(text).ids)
+
+    def encoding(self, text: str) -> tokenizers.Encoding:
+        """The library's own result, with the place of each token in the text."""
+        if len(text) < _LONG_TEXT:
+            return self.backend.encode(text, add_special_tokens=False)
+        return self.backend.encode_batch([text], add_special_tokens=False)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(e.ids) for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]

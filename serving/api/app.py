@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from http import HTTPStatus
 
@@ -37,8 +38,11 @@ _FILES_OF_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 _PROBES = frozenset({"/livez", "/healthz", "/readyz", "/schema.json"})
 
 
+_document = functools.cache(openapi_document)  # making it holds up the event loop
+
+
 async def document(_: Request) -> Response:
-    return JSONResponse(openapi_document())
+    return JSONResponse(_document())
 
 
 async def health(request: Request) -> Response:

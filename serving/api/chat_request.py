@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from serving.api.completion_request import MAX_CHOICES
 from serving.api.conversation import ChatMessage
 from serving.api.failures import ApiError
-from serving.api.protocol import GenerationBody, StreamOptions
+from serving.api.protocol import GenerationBody, ListOf, StreamOptions
 from yunmin.errors import RequestError
 from yunmin.sampling import MAX_LOGPROBS
 
@@ -31,7 +31,9 @@ class ChatRequest(GenerationBody):
         }
     )
 
-    messages: list[ChatMessage] = Field(min_length=1, description="the conversation; with a session, what is new of it")
+    messages: ListOf[ChatMessage] = Field(
+        min_length=1, description="the conversation; with a session, what is new of it"
+    )
     model: str | None = Field(None, description="the served model's name, as `/v1/models` lists it")
     max_completion_tokens: int | None = Field(
         None, json_schema_extra={"minimum": 0}, description="most tokens to generate (the server's limit)"
@@ -47,7 +49,7 @@ class ChatRequest(GenerationBody):
     tools: list[Any] | None = Field(None, description="only null or empty")
     tool_choice: str | dict[str, Any] | None = Field(None, description="only null, none or auto")
     parallel_tool_calls: bool | None = Field(None, description="accepted and not used")
-    modalities: list[str] | None = Field(None, description="only null or text")
+    modalities: ListOf[str] | None = Field(None, description="only null or text")
     store: bool | None = Field(None, description="only null or false; sessions and /v1/responses keep conversations")
     metadata: dict[str, str] | None = Field(None, description="accepted and not used")
     user: str | None = Field(None, description="accepted and not used")

@@ -116,19 +116,25 @@ def find_template(configured: str, folder: Path) -> ChatTemplate | None:
     return _compiled(folder / _CONFIG_FILE, named, tokens) if isinstance(named, str) else None
 
 
-def turn_positions(template: ChatTemplate, tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[int]]:
+def turn_positions(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, most: int
+) -> tuple[list[int], list[int]]:
     """The token ids of a conversation, and where other conversations are likely to part from it.
 
     Args:
         template: renders it.
         tokenizer: encodes it.
         messages: all of them, the newest one last.
+        most: ids that are worth a look; positions in more of them are not looked for.
 
     Returns:
         The ids, and positions in them: after the system's messages, and after each of the last turns.
     """
     text = template.render(messages)
-    encoded = tokenizer.backend.encode(text, add_special_tokens=False)
+    encoded = tokenizer.encoding(text)
+    ids = list(encoded.ids)
+    if len(ids) > most:
+        return ids, []
     starts = {begin: index for index, (begin, _) in reversed(list(enumerate(encoded.offsets)))}
     opening = next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
     counts = {opening, *range(max(1, len(messages) - _LAST_TURNS), len(messages) + 1)} - {0}
@@ -140,7 +146,7 @@ def turn_positions(template: ChatTemplate, tokenizer: Tokenizer, messages: Messa
             continue
         if text.startswith(part) and len(part) in starts:
             found.add(starts[len(part)])
-    return list(encoded.ids), sorted(found - {0})
+    return ids, sorted(found - {0})
 
 
 _LAST_TURNS = 3  # what lies further back was at the end of an earlier request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ConfigDict, Field
 
 from serving.api.failures import ApiError
-from serving.api.protocol import GenerationBody, StreamOptions
+from serving.api.protocol import GenerationBody, ListOf, StreamOptions
 from yunmin.errors import RequestError
 
 MAX_CHOICES = 128
@@ -18,7 +18,7 @@ class CompletionRequest(GenerationBody):
         json_schema_extra={"examples": [{"prompt": "def main(", "max_tokens": 16, "n": 2, "logprobs": 1, "echo": True}]}
     )
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    prompt: str | ListOf[int] | ListOf[str] | ListOf[ListOf[int]] = Field(
         description="text or token ids, or several of either; with a session, what follows it"
     )
     model: str | None = Field(None, description="the served model's name, as `/v1/models` lists it")

@@ -18,7 +18,7 @@ from serving.api.logprobs import LegacyLogprobs, mean_logprob
 from serving.api.models import check_model
 from serving.api.protocol import parse_request
 from serving.api.record import record_of
-from serving.api.run import Asked, Run, text_of
+from serving.api.run import Asked, Run, require_room, text_of
 from serving.api.start import start_of
 from serving.api.streaming import event_stream
 from serving.api.structured import constraint_of
@@ -49,6 +49,7 @@ async def completions(request: Request) -> Response:
     async with AsyncExitStack() as stack:
         start = await stack.enter_async_context(start_of(record, asked, "text"))
         prompts = asked.prompts()
+        require_room(len(prompts) * asked.copies, settings)  # before there may be very many to encode
         if settings.log_prompts:
             record.prompt = asked.prompt
         tails = await backend.encode_all("prompt", prompts, may_be_empty=bool(start.token_ids))

@@ -12,13 +12,15 @@ from pydantic import Field
 from serving.api.backend import Backend
 from serving.api.chat_template import BUILT_IN, ChatTemplate, turn_positions
 from serving.api.failures import ApiError
-from serving.api.protocol import Body
+from serving.api.protocol import Body, ListOf
 from serving.api.start import Start
 from yunmin.errors import RequestError
 from yunmin.sampling import SamplingParams
 
 Message = dict[str, Any]
-_LONG_TEXT = 4096  # characters whose encoding takes long enough to hold up the event loop
+# characters and messages whose rendering and encoding take long enough to hold up the event loop
+_LONG_TEXT = 4096
+_MANY_MESSAGES = 64
 
 
 class TextPart(Body):
@@ -34,10 +36,10 @@ class ChatMessage(Body):
     """One message of a conversation, as OpenAI's clients send them and get them back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = Field(None, description="text, whole or in parts")
+    content: str | ListOf[TextPart] | None = Field(None, description="text, whole or in parts")
     name: str | None = Field(None, description="for the chat template")
     tool_call_id: str | None = Field(None, description="for the chat template")
-    tool_calls: list[dict[str, Any]] | None = Field(None, description="for the chat template")
+    tool_calls: ListOf[dict[str, Any]] | None = Field(None, description="for the chat template")
     refusal: str | None = Field(None, description="accepted and not used")
     annotations: list[Any] | None = Field(None, description="accepted and not used")
     audio: None = Field(None, description="only null")
@@ -110,18 +112,21 @@ async def read_conversation(backend: Backend, messages: Sequence[Message], start
     if not messages:
         raise RequestError(field, "must not be empty")
     template, tokenizer = require_template(backend), backend.require_tokenizer(field)
+    limit = backend.settings.max_prompt_tokens
+    most = len(start.token_ids) + limit
+    is_long = sum(len(message["content"]) for message in messages) > _LONG_TEXT
     try:
-        if sum(len(message["content"]) for message in messages) > _LONG_TEXT:
-            ids, ends = await asyncio.to_thread(turn_positions, template, tokenizer, messages)
+        if is_long or len(messages) > _MANY_MESSAGES:
+            ids, ends = await asyncio.to_thread(turn_positions, template, tokenizer, messages, most)
         else:
-            ids, ends = turn_positions(template, tokenizer, messages)
+            ids, ends = turn_positions(template, tokenizer, messages, most)
     except RequestError as error:
         raise RequestError(field, str(error).removeprefix(f"{error.field}: ")) from None
     if not ids:
         raise RequestError(field, "gave no text by the chat template")
     conversation = Conversation(list(messages), ids, ends)
     new = len(ids) - len(conversation.after(start).token_ids)
-    if new > (limit := backend.settings.max_prompt_tokens):
+    if new > limit:
         raise RequestError(field, f"must have at most {limit} tokens on this server, got {new}")
     return conversation
 

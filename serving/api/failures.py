@@ -42,6 +42,8 @@ _STATE_ERRORS: tuple[tuple[type[YunminError], int, str], ...] = (
     (StoreError, 503, "session_store_unavailable"),
 )
 
+_LONGEST_MESSAGE, _LONGEST_NAME = 1000, 200  # what was sent is told back in part only
+
 
 class ApiError(Exception):
     """An error with everything a response needs.
@@ -62,9 +64,9 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_cut(message, _LONGEST_MESSAGE))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _cut(param, _LONGEST_NAME)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -100,6 +102,10 @@ def api_error(error: YunminError) -> ApiError:
         if isinstance(error, kind):
             return ApiError(status, str(error), code=code)
     return ApiError(500, str(error), code="generation_failed")
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def internal_error() -> ApiError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.backend import Backend
@@ -67,7 +68,8 @@ class Gate:
         finally:
             record.backend.users -= 1
             route = scope.get("route")
-            path = "other" if route is None or route.path == EVERYTHING_ELSE else route.path
+            # refused before it was routed, the scope has BentoML's mount
+            path = route.path if isinstance(route, Route) and route.path != EVERYTHING_ELSE else "other"
             record.backend.engine.metrics.http_requests.labels(path, status).inc()
             log_request(record, scope, status)
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.api.failures import ApiError
-from serving.api.protocol import GenerationBody, parse_request
+from serving.api.protocol import GenerationBody, ListOf, parse_request
 from serving.api.record import Record, record_of
 from serving.api.run import Asked, Run, text_of
 from serving.api.start import start_of
@@ -29,7 +29,7 @@ class GenerateRequest(GenerationBody):
     )
 
     prompt: str | None = Field(None, description="text to continue; with a session, what follows it")
-    token_ids: list[int] | None = Field(None, description="token ids to continue")
+    token_ids: ListOf[int] | None = Field(None, description="token ids to continue")
     max_tokens: int | None = Field(
         None, json_schema_extra={"minimum": 0}, description="most tokens to generate; 0 only reads the prompt"
     )

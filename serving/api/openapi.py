@@ -31,6 +31,7 @@ _FAILURES = {
     "400": "A field is missing, unknown or impossible; `param` names it",
     "401": "The API key is missing or wrong, where the server has keys",
     "404": "There is no such thing; `code` says what",
+    "408": "The body did not arrive in time",
     "409": "The session is in use, elsewhere, of another kind or of another model; `code` says which",
     "413": "The body is too large",
     "429": "The queue is full, or the key has reached a limit; `Retry-After` says when to try again",
@@ -40,7 +41,7 @@ _FAILURES = {
     "507": "The store of sessions is full",
 }
 _PROBED = {"200": "It is so", "503": "It is not"}
-_GENERATING = "400 404 409 413 429 500 503 504 507"
+_GENERATING = "400 404 408 409 413 429 500 503 504 507"
 _STREAM_EXAMPLE = (
     'data: {"token_id":312,"text":" hel"}\n\n'
     'data: {"token_id":45,"text":"lo","finish_reason":"length","usage":{"prompt_tokens":4,'
@@ -49,8 +50,9 @@ _STREAM_EXAMPLE = (
 )
 _DESCRIPTION = (
     "Tokens of a Mamba language model over HTTP. A stream that fails ends with an event that has an `error`, and "
-    "without `[DONE]`. Every response has an `X-Request-Id`, the request's own where it has one. Where the server has "
-    "keys, all but the paths without `security` need one. Under `/admin/` the admin key alone is good."
+    "without `[DONE]`. Every response but those of the probes has an `X-Request-Id`, the request's own where it has "
+    "one. Where the server has keys, all but the paths without `security` need one. Under `/admin/` the admin key "
+    "alone is good."
 )
 
 
@@ -89,10 +91,10 @@ def _paths() -> dict[str, Any]:
             "delete": _operation("Forget a response", _json("ResponseDeleted"), "404 409 500 503"),
         },
         "/tokenize": {
-            "post": _post(TokenizeRequest, "Token ids of a text", _json("TokenizeAnswer"), "400 404 413 500")
+            "post": _post(TokenizeRequest, "Token ids of a text", _json("TokenizeAnswer"), "400 404 408 413 500")
         },
         "/detokenize": {
-            "post": _post(DetokenizeRequest, "Text of token ids", _json("DetokenizeAnswer"), "400 404 413 500")
+            "post": _post(DetokenizeRequest, "Text of token ids", _json("DetokenizeAnswer"), "400 404 408 413 500")
         },
         "/v1/models": {"get": _operation("The served model", _json("ModelList"))},
         "/v1/models/{name}": {
@@ -101,7 +103,10 @@ def _paths() -> dict[str, Any]:
         },
         "/admin/reload": {
             "post": _post(
-                ReloadRequest, "Serve another artifact to new requests", _json("ReloadAnswer"), "400 404 409 413 500"
+                ReloadRequest,
+                "Serve another artifact to new requests",
+                _json("ReloadAnswer"),
+                "400 404 408 409 413 500 503",
             )
             | {"security": [{"bearer": []}]}
         },

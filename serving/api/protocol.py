@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,7 +32,12 @@ _EXPECTED = {
     "stop": "must be a string or a list of strings",
     "input": "must be a string or a list of messages",
 }
+_TOO_MANY = 1000
 _NESTED = frozenset({"messages", "response_format", "text"})  # errors in these say where within
+
+T = TypeVar("T")
+# the first wrong item is told, and the others, of which there may be hundreds of thousands, are not looked at
+ListOf = Annotated[list[T], Field(fail_fast=True)]
 
 
 def _within(low: float, high: float | None = None) -> dict[str, Any]:
@@ -99,13 +104,13 @@ class GenerationBody(Body):
         json_schema_extra=_within(0, 2**63 - 1),
         description="makes sampling repeatable; the i-th of n choices uses seed + i",
     )
-    stop: str | list[str] | None = Field(None, description="strings that end generation; not part of the text")
-    stop_token_ids: list[int] | None = Field(None, description="token ids that end generation; not part of the text")
+    stop: str | ListOf[str] | None = Field(None, description="strings that end generation; not part of the text")
+    stop_token_ids: ListOf[int] | None = Field(None, description="token ids that end generation; not part of the text")
     ignore_eos: bool | None = Field(None, description="go on after the model's end of text (false)")
     response_format: ResponseFormat | None = Field(None, description="text, any JSON object, or a JSON schema")
     regex: str | None = Field(None, description="a regular expression that the whole text must match")
     grammar: str | None = Field(None, description="a Lark or GBNF grammar that the whole text must match")
-    choice: list[str] | None = Field(None, description="the text must be one of these")
+    choice: ListOf[str] | None = Field(None, description="the text must be one of these")
     session_id: str | None = Field(None, description="go on from this session, and save it where this request ends")
     session_position: int | None = Field(None, description="refuse unless the session has read so many tokens")
     state: str | None = Field(None, description="go on from this named state, see /v1/states")
@@ -170,6 +175,8 @@ def parse_request(kind: type[R], body: bytes) -> R:
 
 
 def _refusal(error: ValidationError) -> ApiError:
+    if (found := error.error_count()) > _TOO_MANY:  # to list them would take long
+        return ApiError(400, f"the body has {found} errors", code="invalid_type")
     first = error.errors(include_url=False, include_input=False)[0]
     kind = first["type"]
     if kind == "json_invalid":

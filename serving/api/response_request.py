@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from serving.api.chat_request import refuse_unsupported
 from serving.api.conversation import ChatMessage, Message
-from serving.api.protocol import Body, GenerationBody, JsonSchemaFormat, ResponseFormat
+from serving.api.protocol import Body, GenerationBody, JsonSchemaFormat, ListOf, ResponseFormat
 from yunmin.errors import RequestError
 from yunmin.sampling import MAX_LOGPROBS
 
@@ -65,7 +65,7 @@ class ResponseRequest(GenerationBody):
         json_schema_extra={"examples": [{"input": "Hello", "instructions": "Be brief.", "max_output_tokens": 16}]}
     )
 
-    input: str | list[InputMessage] = Field(description="what is new of the conversation")
+    input: str | ListOf[InputMessage] = Field(description="what is new of the conversation")
     model: str | None = Field(None, description="the served model's name, as `/v1/models` lists it")
     instructions: str | None = Field(None, description="a system's message, for this response alone")
     previous_response_id: str | None = Field(None, description="go on after this response, as often as you like")
@@ -75,7 +75,7 @@ class ResponseRequest(GenerationBody):
     )
     text: TextOptions | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="alternatives per token, see include")
-    include: list[str] | None = Field(None, description=f"only {LOGPROBS}")
+    include: ListOf[str] | None = Field(None, description=f"only {LOGPROBS}")
     metadata: dict[str, str] | None = Field(None, description="given back with the response")
     stream: bool | None = Field(None, description="whether to answer with server-sent events")
     stream_options: ResponseStreamOptions | None = None

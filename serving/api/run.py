@@ -13,6 +13,7 @@ from serving.api.start import Start
 from serving.api.tracing import trace_run
 from serving.engine.job import Job
 from serving.engine.streams import TokenStream
+from serving.settings import Settings
 from yunmin.errors import RequestError, YunminError
 from yunmin.generate import Piece
 from yunmin.sampling import SamplingParams
@@ -65,9 +66,7 @@ class Run:
     def __init__(self, record: Record, asked: Asked, start: Start) -> None:
         backend = record.backend
         settings = backend.settings
-        total, most = len(asked.prompts) * asked.copies, settings.slots + settings.queue
-        if total > most:
-            raise RequestError("n", f"at most {most} sequences per request on this server, got {total}")
+        require_room(len(asked.prompts) * asked.copies, settings)
         self.copies = asked.copies
         self.session: dict[str, Any] | None = None
         self._closed = False
@@ -190,6 +189,16 @@ class Run:
     def _cancel(self) -> None:
         for stream in self.streams:
             stream.cancel()
+
+
+def require_room(sequences: int, settings: Settings) -> None:
+    """Refuses more sequences than the server ever takes at a time.
+
+    Raises:
+        RequestError: there are more.
+    """
+    if sequences > (most := settings.slots + settings.queue):
+        raise RequestError("n", f"at most {most} sequences per request on this server, got {sequences}")
 
 
 def seeded_apart(params: SamplingParams, copies: int) -> list[SamplingParams]:

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.api.backend import Backend
-from serving.api.protocol import parse_request
+from serving.api.protocol import ListOf, parse_request
 from serving.api.record import backend_of, record_of
 from serving.api.start import sessions_of
 from serving.api.transport import read_body, while_connected
@@ -44,7 +44,7 @@ class SessionRequest(_SessionBody):
     """Body of `POST /v1/sessions`; all of it may be left out."""
 
     prompt: str | None = Field(None, description="text to begin with")
-    token_ids: list[int] | None = Field(None, description="token ids to begin with, in place of a text")
+    token_ids: ListOf[int] | None = Field(None, description="token ids to begin with, in place of a text")
     state: str | None = Field(None, description="named state to begin after, as `/v1/states` lists it")
     metadata: Metadata | None = Field(None, description="up to 16 texts of your own")
 
@@ -197,7 +197,7 @@ def _page_limit(request: Request) -> int:
         if name not in ("limit", "before"):
             raise RequestError(name[:80], "unknown parameter, expected limit or before")
     given = request.query_params.get("limit", str(DEFAULT_PAGE))
-    if not (given.isascii() and given.isdecimal() and 1 <= int(given[:9]) <= LARGEST_PAGE):
+    if not (given.isascii() and given.isdecimal() and len(given) < 10 and 1 <= int(given) <= LARGEST_PAGE):
         raise RequestError("limit", f"must be an integer in 1..{LARGEST_PAGE}, got {given!r:.80}")
     return int(given)
 

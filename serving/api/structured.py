@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 from serving.api.backend import Backend
 from serving.api.protocol import GenerationBody, ResponseFormat
-from yunmin.constraints import Constraint, compile_constraint
+from serving.engine.job import DeadlineError
+from yunmin.constraints import Constraint, compile_constraint, is_compiled
 from yunmin.errors import RequestError
+
+# a constraint may take seconds that nothing can cut short: whoever sends those waits for others of the kind, and nobody
+# else does
+_COMPILING = ThreadPoolExecutor(1, "yunmin-constraints")
 
 
 async def constraint_of(asked: GenerationBody, backend: Backend) -> Constraint | None:
@@ -15,15 +21,22 @@ async def constraint_of(asked: GenerationBody, backend: Backend) -> Constraint |
 
     Raises:
         RequestError: it asks for several, or for one that cannot be; names the field.
+        DeadlineError: compiling it takes longer than a request may.
         MissingExtraError: llguidance is not installed.
     """
     found = _constraint(asked)
     if found is None:
         return None
     field, constraint = found
-    model = backend.model
+    tokenizer, n_tokens = backend.model.tokenizer, backend.model.config.n_tokens
+    if is_compiled(constraint, tokenizer, n_tokens):
+        return constraint
+    loop = asyncio.get_running_loop()
     try:
-        await asyncio.to_thread(compile_constraint, constraint, model.tokenizer, model.config.n_tokens)
+        async with asyncio.timeout(backend.settings.deadline_s):
+            await loop.run_in_executor(_COMPILING, compile_constraint, constraint, tokenizer, n_tokens)
+    except TimeoutError:
+        raise DeadlineError(f"{field}: compiling it took longer than {backend.settings.deadline_s:g} s") from None
     except RequestError as error:
         raise RequestError(field, str(error).removeprefix(f"{error.field}: ")) from None
     return constraint

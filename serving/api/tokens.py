@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from serving.api.conversation import ChatMessage, read_conversation
 from serving.api.models import check_model
-from serving.api.protocol import Body, parse_request
+from serving.api.protocol import Body, ListOf, parse_request
 from serving.api.record import record_of
 from serving.api.start import Start
 from serving.api.transport import read_body
@@ -26,7 +26,7 @@ class TokenizeRequest(Body):
 
     model: str | None = Field(None, description="the served model's name")
     prompt: str | None = Field(None, description="text")
-    messages: list[ChatMessage] | None = Field(None, description="a conversation, for the chat template")
+    messages: ListOf[ChatMessage] | None = Field(None, description="a conversation, for the chat template")
     add_special_tokens: bool | None = Field(None, description="only false: prompts are read as they are")
     return_token_strs: bool | None = Field(None, description="whether to give each token's text, too (false)")
 
@@ -37,7 +37,7 @@ class DetokenizeRequest(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [1, 2, 3]}]})
 
     model: str | None = Field(None, description="the served model's name")
-    tokens: list[int] = Field(description="token ids")
+    tokens: ListOf[int] = Field(description="token ids")
 
 
 async def tokenize(request: Request) -> Response:

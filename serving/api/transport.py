@@ -29,7 +29,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     """The whole body, refused as soon as it is known to be too large.
 
     Raises:
-        ApiError: 413, or 400 for a bad Content-Length.
+        ApiError: 413, 400 for a bad Content-Length, or 408 when it does not arrive as long as a request may take.
         ClientLeftError: the client left while sending.
     """
     declared = request.headers.get("content-length", "0")
@@ -38,11 +38,16 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size, more = int(declared), True
     if size <= limit_bytes:
-        size = 0
-        while more and size <= limit_bytes:  # a chunked body declares no length
-            chunk, more = await _next_chunk(request)
-            size += len(chunk)
-            chunks.append(chunk)
+        size, longest_s = 0, record_in(request.scope).backend.settings.deadline_s
+        try:
+            async with asyncio.timeout(longest_s):
+                while more and size <= limit_bytes:  # a chunked body declares no length
+                    chunk, more = await _next_chunk(request)
+                    size += len(chunk)
+                    chunks.append(chunk)
+        except TimeoutError:
+            message = f"the body did not arrive within {longest_s:g} s"
+            raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
     if size > limit_bytes:
         if more and "expect" not in request.headers:  # who expects to be told has sent nothing yet
             await _drain(request, limit_bytes * _DRAIN_BODIES)
@@ -118,7 +123,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await while_connected(receive, self._send_all(send))
+            longest_s = record_in(scope).backend.settings.deadline_s
+            await while_connected(receive, self._send_all(send, longest_s))
         except ClientLeftError:
             record_in(scope).outcome = "client_left"
         finally:
@@ -127,7 +133,12 @@ class EventStream(Response):
             finally:
                 await self._on_close()  # whatever happens, nothing stays held
 
-    async def _send_all(self, send: Send) -> None:
-        async for data in self._frames:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _send_all(self, send: Send, longest_s: float) -> None:
+        """Sends the frames; a client that takes none of them for so long, and holds on to a session, has left."""
+        try:
+            async for data in self._frames:
+                async with asyncio.timeout(longest_s):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            raise ClientLeftError from None

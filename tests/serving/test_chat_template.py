@@ -135,7 +135,7 @@ def test_a_configured_template_that_is_none_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_turns_end_where_shorter_conversations_end(name: str, tokenizer: Tokenizer) -> None:
     template = ChatTemplate(BUILT_IN[name][0], {})
-    ids, positions = turn_positions(template, tokenizer, CONVERSATION)
+    ids, positions = turn_positions(template, tokenizer, CONVERSATION, 1000)
     assert ids == tokenizer.encode(template.render(CONVERSATION))
     prefixes = {
         tuple(tokenizer.encode(template.render(CONVERSATION[:n], add_generation_prompt=False)))
@@ -148,7 +148,7 @@ def test_turns_end_where_shorter_conversations_end(name: str, tokenizer: Tokeniz
 
 def test_turns_of_a_template_that_wants_whole_ones_are_passed_over(tokenizer: Tokenizer) -> None:
     source = "{% if messages | length < 4 %}{{ raise_exception('more') }}{% endif %}{{ messages[0].content }}"
-    ids, positions = turn_positions(ChatTemplate(source, {}), tokenizer, CONVERSATION)
+    ids, positions = turn_positions(ChatTemplate(source, {}), tokenizer, CONVERSATION, 1000)
     assert ids == tokenizer.encode("Be brief.")
     assert positions == []
 

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from tests.serving.apps import JSON, error_of, http_client, openai_client, serving
 from yunmin.language_model import LanguageModel
@@ -231,6 +232,19 @@ def test_pages_of_other_origins_are_shut_out_unless_named(model: LanguageModel) 
 
     serving(model, closed)
     serving(model, opened, CORS_ORIGINS="https://mine.example, https://too.example", API_KEYS="secret")
+
+
+def test_what_has_no_key_is_counted_as_one_path(model: LanguageModel, tmp_path: Path) -> None:
+    async def body(app: Starlette) -> None:
+        mounted = Starlette(routes=[Mount("/", app)])  # as BentoML has it
+        async with http_client(mounted) as client:
+            for path in ("/v1/models", "/x"):
+                error_of(await client.get(path), 401)
+        async with http_client(app, "secret-alice") as client:
+            text = (await client.get("/metrics")).text
+        assert 'yunmin_http_requests_total{path="other",status="401"} 2.0' in text
+
+    keyed(model, tmp_path, body)
 
 
 def test_made_up_paths_are_counted_as_one(model: LanguageModel) -> None:
