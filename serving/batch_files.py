@@ -175,17 +175,27 @@ class Answers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with contextlib.closing(self._file):
+        # where a line could not be written, there is nothing to add to that
+        untold = contextlib.nullcontext() if error is None else contextlib.suppress(OSError)
+        with untold, contextlib.closing(self._file):
             os.fsync(self._file.fileno())
 
     def append(self, answer: JSON) -> None:
-        """Adds a line; it is with the system at once, and on the disk within a second."""
-        self._file.write(_line(answer))
-        self._file.flush()
+        """Adds a line; it is with the system at once, and on the disk within a second.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        try:
+            self._file.write(_line(answer))
+            self._file.flush()
+            if time.monotonic() - self._synced >= _SYNC_S:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"{self.path}: {reason}; with room for it, the same command goes on from here") from None
         self.tally.add(answer)
-        if time.monotonic() - self._synced >= _SYNC_S:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
 
     def _lock(self) -> None:
         try:

@@ -7,6 +7,8 @@ import os
 
 from yunmin.cli import parser
 
+_LONGEST_GRACE_S = 86_400
+
 
 def main(argv: list[str]) -> int:
     """`yunmin serve ARTIFACT`."""
@@ -49,8 +51,10 @@ def _start(options: argparse.Namespace) -> int:
         if (value := getattr(options, variable.field, None)) is not None:
             os.environ[variable.name] = value
 
-    from yunmin.errors import MissingExtraError
+    from yunmin.errors import ConfigError, MissingExtraError
 
+    if not 0 <= options.grace_s <= _LONGEST_GRACE_S:  # NaN fails this, too
+        raise ConfigError(f"--grace-s: expected seconds in 0..{_LONGEST_GRACE_S}, got {options.grace_s:g}")
     settings = read_settings()
     try:
         import bentoml  # noqa: F401 (the service needs it)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.api import page
 from serving.api.failures import ApiError
-from serving.settings import Settings
+from serving.settings import PREFIX, Settings
 from yunmin.errors import ConfigError
 
 # answered without a key; BentoML answers /livez, /healthz and /readyz before they come here
@@ -161,15 +161,20 @@ def read_access(settings: Settings) -> Access:
     """The keys that the settings name.
 
     Raises:
-        ConfigError: the key file cannot be read; names the entry, never a key.
+        ConfigError: a variable is set and holds no key, or the key file cannot be read; names the entry, never a key.
     """
-    secrets = [secret.strip() for secret in settings.api_keys.get_secret_value().split(",")]
+    given = settings.api_keys.get_secret_value()
+    secrets = [secret.strip() for secret in given.split(",")]
     keys = [Key(f"env-{number}", secret) for number, secret in enumerate(filter(None, secrets), 1)]
+    if given and not keys:  # whoever meant to set keys must not get an open server
+        raise ConfigError(f"{PREFIX}API_KEYS: expected keys, found blanks and commas only")
     if settings.api_key_file:
         keys += _read_key_file(Path(settings.api_key_file))
         if not keys:
             raise ConfigError(f"{settings.api_key_file}: expected at least one [keys.NAME], found none")
     admin = settings.admin_key.get_secret_value().strip()
+    if settings.admin_key.get_secret_value() and not admin:
+        raise ConfigError(f"{PREFIX}ADMIN_KEY: expected a key, found blanks only")
     return Access(keys, Key("admin", admin) if admin else None)
 
 

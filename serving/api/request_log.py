@@ -15,10 +15,27 @@ from serving.api.record import Record
 from serving.settings import Settings
 
 _logger = logging.getLogger("yunmin.requests")
+_WITH_PATHS = ("yunmin.requests", "yunmin.serving", "bentoml.access")
+
+
+class _OneLine(logging.Filter):
+    """Escapes what could begin a line of its own or command a terminal: paths come decoded, and from anybody."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if not message.isprintable():
+            record.msg = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in message)
+            record.args = ()
+        return True
+
+
+_ONE_LINE = _OneLine()
 
 
 def set_up_log(settings: Settings) -> None:
     """Sends the lines to stderr, as the settings say."""
+    for name in _WITH_PATHS:
+        logging.getLogger(name).addFilter(_ONE_LINE)  # once, however often it is added
     for handler in list(_logger.handlers):
         _logger.removeHandler(handler)
     _logger.propagate = False

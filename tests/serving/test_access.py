@@ -170,6 +170,12 @@ def test_a_key_file_with_a_mistake_is_one_line_without_a_key(tmp_path: Path, con
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["YUNMIN_API_KEYS", "YUNMIN_ADMIN_KEY"])
+def test_a_variable_for_keys_that_holds_none_does_not_leave_the_server_open(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: expected "):
+        read_access(read_settings({name: " " if name == "YUNMIN_ADMIN_KEY" else " , "}))
+
+
 def test_a_missing_key_file_is_an_error() -> None:
     with pytest.raises(ConfigError, match="/nowhere/keys: expected a file of keys, No such file"):
         read_access(read_settings({"YUNMIN_API_KEY_FILE": "/nowhere/keys"}))

@@ -246,6 +246,17 @@ def test_two_runs_cannot_write_one_file(requests: Requests, tmp_path: Path) -> N
     assert read_lines(path) == [answer("a")]
 
 
+def test_a_full_disk_is_one_line(requests: Requests, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.symlink_to("/dev/full")
+    with (
+        pytest.raises(DataError, match=r"out\.jsonl: No space left on device; .* goes on from here$"),
+        Answers(path, requests, "f", force=False) as answers,
+    ):
+        answers.append(answer("a"))
+    assert answers.tally.total == 0
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

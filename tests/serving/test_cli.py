@@ -90,6 +90,7 @@ def test_impossible_options_are_one_line(model_folder: Path) -> None:
         (["--device", "toaster"], "toaster"),
         (["--port", "70000"], "got 70000"),
         (["--host", "256.0.0.1"], "--host 256.0.0.1"),
+        (["--grace-s", "nan"], "--grace-s: expected seconds"),
     ):
         status, errors = serve(str(model_folder), "--port", "0", *arguments)
         assert status == 1

@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -206,6 +207,26 @@ def test_lines_of_text_quote_what_could_break_them(
     (line,) = [record.message for record in requests_log.records if record.name == "yunmin.requests"]
     assert "\n" not in line
     assert 'path="/a b\\nstatus=200" status=404 outcome=not_found' in line
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_path_begins_a_line_or_commands_a_terminal(
+    model: LanguageModel, requests_log: pytest.LogCaptureFixture, form: str
+) -> None:
+    path = "/\x1b[31m\x9b\r\n\u2028\u202e\U000e0001 status=200"
+
+    async def body(app: Starlette) -> None:
+        logging.getLogger("yunmin.requests").addHandler(requests_log.handler)
+        async with http_client(app) as client:
+            await client.get(quote(path))
+        logging.getLogger("bentoml.access").warning("(path=%s)", path)  # as `bentoml serve` does
+        logging.getLogger("yunmin.serving").warning("request failed: %s", path)
+
+    serving(model, body, LOG_FORMAT=form)
+    assert len(requests_log.records) == 3
+    assert all(record.getMessage().isprintable() for record in requests_log.records)
+    if form == "json":
+        assert json.loads(requests_log.records[0].getMessage())["path"] == path
 
 
 def test_pages_of_other_origins_are_shut_out_unless_named(model: LanguageModel) -> None:
