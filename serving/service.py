@@ -11,10 +11,11 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")  # before BentoML is impor
 
 import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.server.http import traffic
 from bentoml.exceptions import BentoMLException
 from opentelemetry import trace
 from prometheus_client import REGISTRY
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.api.access import read_access
 from serving.api.app import create_app
@@ -29,15 +30,24 @@ from serving.settings import read_settings, require_artifact
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel
 
-_MARGIN_S = 30.0
 _app = create_app()
 
 
-def _deadline_s() -> float:
-    try:
-        return read_settings().deadline_s
-    except YunminError as error:
-        raise BentoMLException(str(error)) from None  # BentoML's command line prints these as one line
+class _NoTimeout:
+    """Stands in for BentoML's limit on the time to the first byte, which no setting leaves out.
+
+    That one keeps a timer, and with it the request, for as long as the limit is, however soon it was answered: at a
+    hundred requests a second they take hundreds of megabytes. The engine's own deadline answers better.
+    """
+
+    def __init__(self, app: ASGIApp, timeout: float) -> None:  # noqa: ARG002 (BentoML gives it)
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+traffic.TimeoutMiddleware = _NoTimeout
 
 
 @functools.cache
@@ -64,12 +74,9 @@ def served_sessions() -> Sessions:
     return open_sessions(served_model(), read_settings(), REGISTRY)
 
 
-# BentoML bounds the time to the first byte, and keeps a timer for each request that long; the engine's own deadline
-# comes first, and answers better
 @bentoml.service(
     name="yunmin",
     workers=1,  # workers share no memory: one process, one engine
-    traffic={"timeout": _deadline_s() + _MARGIN_S},
     resources={"gpu": 1},
     # its own metrics have a series for every path ever asked for, so that anyone could fill the memory; ours do not
     metrics={"enabled": False},
