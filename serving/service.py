@@ -21,6 +21,7 @@ from serving.api.access import read_access
 from serving.api.app import create_app
 from serving.api.backend import Backend
 from serving.api.chat_template import find_template
+from serving.api.plain_errors import PlainErrors
 from serving.api.request_log import set_up_log
 from serving.engine.engine import Engine
 from serving.launch import load_served, make_backend, start_engine
@@ -128,6 +129,9 @@ class MambaService:
 
     async def __is_ready__(self) -> bool:
         return running_engines()[0].accepting
+
+
+MambaService.add_asgi_middleware(PlainErrors)  # type: ignore[attr-defined]  # the decorator makes it a Service
 
 
 def running_engines() -> list[Engine]:

@@ -330,3 +330,9 @@ def test_a_slow_reader_holds_up_nobody(running: Running) -> None:
         assert post(running, "/generate", GREEDY).status_code == 200
         assert time.monotonic() - started < 60
     running.wait_for("yunmin_running_sequences", 0)
+
+
+@pytest.mark.parametrize("path", ["/static_content/nothing", "/v1/%0amodels"])
+def test_what_is_refused_around_the_application_has_the_shape_of_its_errors(running: Running, path: str) -> None:
+    assert refusal(httpx.get(running.url + path), 404) == "not found"
+    assert httpx.get(f"{running.url}/static_content/swagger-ui.css").headers["content-type"].startswith("text/css")
