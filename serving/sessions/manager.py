@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 
 from serving.sessions.errors import (
@@ -151,7 +151,7 @@ class Sessions:
 
     @asynccontextmanager
     async def use(self, session_id: str, position: int | None = None) -> AsyncIterator[Lease]:
-        """A session for one request, exclusively until the block ends.
+        """A session for one request, exclusively until it has committed or the block ends.
 
         Args:
             session_id: of the session.
@@ -160,9 +160,10 @@ class Sessions:
         Raises:
             SessionTooLongError: it may not grow further.
         """
-        with self.keeper.exclusive(session_id):
+        with ExitStack() as held:
+            held.enter_context(self.keeper.exclusive(session_id))
             record, snapshot = await self.keeper.run(self._restore, session_id, position)
-            yield Lease(self, record, snapshot)
+            yield Lease(self, record, snapshot, held.close)
 
     def _create(
         self,
@@ -303,10 +304,13 @@ class Lease:
         snapshot: to go on from; None before the first token.
     """
 
-    def __init__(self, sessions: Sessions, record: SessionRecord, snapshot: Snapshot | None) -> None:
+    def __init__(
+        self, sessions: Sessions, record: SessionRecord, snapshot: Snapshot | None, release: Callable[[], None]
+    ) -> None:
         self.record = record
         self.snapshot = snapshot
         self._sessions = sessions
+        self._release = release
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -315,6 +319,8 @@ class Lease:
 
     async def commit(self, snapshot: Snapshot, messages: Sequence[Message] | None = None) -> SessionRecord:
         """Saves the session where it is now; on the disk, or where it is kept, before this returns.
+
+        The session is then free: whoever reads of its new position in the last event may use it at once.
 
         Args:
             snapshot: after the last token, from `TokenStream.snapshot`.
@@ -330,6 +336,7 @@ class Lease:
         kept = None if messages is None else tuple(messages)
         self.record = await self._sessions.keeper.run(self._sessions._save, self.record, snapshot, kept)
         self.snapshot = snapshot
+        self._release()
         return self.record
 
 

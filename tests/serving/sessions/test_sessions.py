@@ -205,6 +205,23 @@ def test_a_session_in_use_is_nobody_elses(model: LanguageModel) -> None:
     in_memory(model, body)
 
 
+def test_a_session_is_free_once_it_is_saved_though_its_request_still_sends(model: LanguageModel) -> None:
+    async def body(sessions: Sessions) -> None:
+        record = await sessions.create(model.snapshot([1, 2]))
+        async with sessions.use(record.id) as first:
+            await first.commit(model.snapshot([3], first.snapshot))
+            second = sessions.use(record.id)
+            lease = await second.__aenter__()
+            assert lease.record.position == 3
+        with pytest.raises(SessionBusyError):  # the end of the first does not free it from the second
+            await sessions.delete(record.id)
+        await lease.commit(model.snapshot([4], lease.snapshot))
+        await second.__aexit__(None, None, None)
+        await sessions.delete(record.id)
+
+    in_memory(model, body)
+
+
 def test_of_many_requests_at_once_each_is_served_or_told_and_none_is_lost(model: LanguageModel, tmp_path: Path) -> None:
     async def main() -> None:
         async with sessions_on(model, disk_store(tmp_path)) as sessions:
