@@ -32,7 +32,7 @@ class Settings(BaseModel):
     queue: int = Field(64, ge=0, le=100_000, description="requests that may wait for a slot; more get 429")
     prefill_chunk: int = Field(256, ge=1, le=65_536, description="most prompt tokens read in one turn")
     decode_stall: float = Field(
-        1.0,
+        0.75,
         ge=0,
         le=1000,
         allow_inf_nan=False,

@@ -26,6 +26,7 @@ class DecodeBatch:
         self._runtime = runtime
         self._memory = runtime.new_state(capacity)
         self.sequences: list[ActiveSequence] = []
+        self._rows: dict[int, MambaState] = {}  # views of the first so many rows: dozens of tensors each
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +51,8 @@ class DecodeBatch:
     def step(self) -> Tensor:
         """Feeds each sequence its next token; logits (n, V) on the CPU."""
         count = len(self.sequences)
-        rows = self._memory.first_rows(count)
+        if (rows := self._rows.get(count)) is None:
+            rows = self._rows[count] = self._memory.first_rows(count)
         logits, after = self._runtime.step([s.next_id for s in self.sequences], rows)
         if after is not rows:  # not every runtime writes over what it is given
             self._runtime.scatter(self._memory, range(count), after)

@@ -58,7 +58,7 @@ class Engine:
         queue: int,
         metrics: Metrics,
         prefill_chunk: int = 256,
-        decode_stall: float = 1.0,
+        decode_stall: float = 0.75,
         cache_bytes: int = 0,
         cache_interval: int = 1024,
     ) -> None:
