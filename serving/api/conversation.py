@@ -16,6 +16,7 @@ from serving.api.protocol import Body, ListOf
 from serving.api.start import Start
 from yunmin.errors import RequestError
 from yunmin.sampling import SamplingParams
+from yunmin.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 # characters and messages whose rendering and encoding take long enough to hold up the event loop
@@ -125,10 +126,35 @@ async def read_conversation(backend: Backend, messages: Sequence[Message], start
     if not ids:
         raise RequestError(field, "gave no text by the chat template")
     conversation = Conversation(list(messages), ids, ends)
+    if start.token_ids and conversation.after(start).snapshot is None:
+        respelled = await asyncio.to_thread(_begun_by, start.token_ids, template, tokenizer, messages)
+        if respelled is not None:
+            conversation = Conversation(list(messages), respelled, [])
     new = len(ids) - len(conversation.after(start).token_ids)
     if new > limit:
         raise RequestError(field, f"must have at most {limit} tokens on this server, got {new}")
     return conversation
+
+
+def _begun_by(
+    token_ids: tuple[int, ...], template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]
+) -> list[int] | None:
+    """The ids of a conversation that begins with text read or generated before, whatever ids that was spelled in.
+
+    A model need not spell its answer as the tokenizer would; what it has said is what it goes on from.
+
+    Args:
+        token_ids: of that text.
+        template, tokenizer: render and encode what comes after it.
+        messages: all of them.
+
+    Returns:
+        None where it does not begin so.
+    """
+    text, read = template.render(messages), tokenizer.backend.decode(list(token_ids), skip_special_tokens=False)
+    if not text.startswith(read):
+        return None
+    return [*token_ids, *tokenizer.encode(text[len(read) :])]
 
 
 def ending_turns(params: SamplingParams, backend: Backend) -> SamplingParams:
