@@ -27,6 +27,7 @@ class Metrics:
         cache_lookups: in the prefix cache by what they found; see `serving.engine.prefix_cache.Outcome`.
         cache_tokens: prompt tokens that were not read again.
         cache_checkpoints: in the prefix cache.
+        cache_evictions: of checkpoints that gave way to others.
         state_bytes: memory of states by place: slots, prefix_cache.
         http_requests: answered over HTTP, by path (as the routes have it, so that there are only so many) and status.
     """
@@ -63,6 +64,9 @@ class Metrics:
         )
         self.cache_tokens = Counter(
             "yunmin_prefix_cache_tokens", "Prompt tokens that were not read again", registry=registry
+        )
+        self.cache_evictions = Counter(
+            "yunmin_prefix_cache_evictions", "States that gave way to others", registry=registry
         )
         self.cache_checkpoints = gauge("yunmin_prefix_cache_checkpoints", "States that the prefix cache holds")
         self.http_requests = Counter(

@@ -44,6 +44,7 @@ async def chat_completions(request: Request) -> Response:
         constraint=await constraint_of(asked, backend),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
+    deadline_s = asked.deadline_s(settings.deadline_s)
     async with AsyncExitStack() as stack:
         start = await stack.enter_async_context(start_of(record, asked, "conversation"))
         before = [] if start.lease is None else [dict(message) for message in start.lease.record.messages]
@@ -57,7 +58,8 @@ async def chat_completions(request: Request) -> Response:
         wanted = Asked(
             [conversation.token_ids],
             ending_turns(params, backend),
-            asked.copies,
+            copies=asked.copies,
+            deadline_s=deadline_s,
             priority=asked.priority or 0,
             turn_ends=conversation.turn_ends,
         )

@@ -46,6 +46,7 @@ async def completions(request: Request) -> Response:
         constraint=await constraint_of(asked, backend),
         logprobs=0 if ranked and asked.logprobs is None else asked.logprobs,
     )
+    deadline_s = asked.deadline_s(settings.deadline_s)
     async with AsyncExitStack() as stack:
         start = await stack.enter_async_context(start_of(record, asked, "text"))
         prompts = asked.prompts()
@@ -56,7 +57,8 @@ async def completions(request: Request) -> Response:
         wanted = Asked(
             [start.followed_by(tail) for tail in tails],
             params,
-            asked.copies,
+            copies=asked.copies,
+            deadline_s=deadline_s,
             priority=asked.priority or 0,
             prompt_logprobs=asked.logprobs if asked.echo else None,
         )

@@ -130,7 +130,7 @@ async def read_conversation(backend: Backend, messages: Sequence[Message], start
         respelled = await asyncio.to_thread(_begun_by, start.token_ids, template, tokenizer, messages)
         if respelled is not None:
             conversation = Conversation(list(messages), respelled, [])
-    new = len(ids) - len(conversation.after(start).token_ids)
+    new = len(conversation.token_ids) - len(conversation.after(start).token_ids)
     if new > limit:
         raise RequestError(field, f"must have at most {limit} tokens on this server, got {new}")
     return conversation

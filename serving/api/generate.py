@@ -33,7 +33,6 @@ class GenerateRequest(GenerationBody):
     max_tokens: int | None = Field(
         None, json_schema_extra={"minimum": 0}, description="most tokens to generate; 0 only reads the prompt"
     )
-    timeout_s: float | None = Field(None, description="end after this many seconds; at most the server's own limit")
 
     def prompt_field(self) -> tuple[str, str | list[int]]:
         """The name and value of the prompt.
@@ -97,9 +96,7 @@ class _Events:
 async def _begin(request: Request, record: Record, stack: AsyncExitStack) -> Run:
     backend = record.backend
     asked = parse_request(GenerateRequest, await read_body(request, backend.settings.max_body_bytes))
-    limit = backend.settings.deadline_s
-    if asked.timeout_s is not None and not 0 < asked.timeout_s <= limit:  # NaN fails this, too
-        raise RequestError("timeout_s", f"must be above 0 and at most {limit:g}, got {asked.timeout_s!r}")
+    deadline_s = asked.deadline_s(backend.settings.deadline_s)
     constraint = await constraint_of(asked, backend)
     params = asked.sampling(asked.max_tokens, backend.settings.max_tokens, constraint=constraint)
     start = await stack.enter_async_context(start_of(record, asked, "text"))
@@ -107,7 +104,7 @@ async def _begin(request: Request, record: Record, stack: AsyncExitStack) -> Run
     if backend.settings.log_prompts:
         record.prompt = prompt
     tail = await backend.encode(field, prompt, may_be_empty=bool(start.token_ids))
-    wanted = Asked([start.followed_by(tail)], params, deadline_s=asked.timeout_s or 0.0, priority=asked.priority or 0)
+    wanted = Asked([start.followed_by(tail)], params, deadline_s=deadline_s, priority=asked.priority or 0)
     return stack.enter_context(Run(record, wanted, start))
 
 

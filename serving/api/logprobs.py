@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from serving.api.token_texts import TokenTexts
-from serving.engine.streams import TokenLogprobs
 from yunmin.generate import Piece
+from yunmin.sampler import TokenLogprob
 from yunmin.text_stream import TextStream
 from yunmin.tokenizer import Tokenizer
 
@@ -60,11 +60,11 @@ class LegacyLogprobs:
             else:
                 self.add(piece.token_id, piece.text, piece.logprob, piece.top_logprobs)
 
-    def add_prompt(self, tokenizer: Tokenizer, token_ids: Sequence[int], found: Sequence[TokenLogprobs | None]) -> None:
+    def add_prompt(self, tokenizer: Tokenizer, token_ids: Sequence[int], found: Sequence[TokenLogprob | None]) -> None:
         """Adds the tokens of a prompt."""
         stream = TextStream(tokenizer)
-        for token_id, pair in zip(token_ids, found, strict=True):
-            logprob, alternatives = (None, None) if pair is None else pair
+        for token_id, known in zip(token_ids, found, strict=True):
+            logprob, alternatives = (None, None) if known is None else (known.logprob, known.top)
             self.add(token_id, stream.push(token_id), logprob, alternatives)
         self._offset += len(stream.finish())
 

@@ -117,6 +117,22 @@ class GenerationBody(Body):
     priority: int | None = Field(
         None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="higher is served first; one is worth 10 s of waiting (0)"
     )
+    timeout_s: float | None = Field(None, description="end after this many seconds; at most the server's own limit")
+
+    def deadline_s(self, limit_s: float) -> float:
+        """Seconds that the request may take.
+
+        Args:
+            limit_s: of the server.
+
+        Raises:
+            RequestError: `timeout_s` is impossible, or more than that.
+        """
+        if self.timeout_s is None:
+            return limit_s
+        if not 0 < self.timeout_s <= limit_s:  # NaN fails this, too
+            raise RequestError("timeout_s", f"must be above 0 and at most {limit_s:g}, got {self.timeout_s!r}")
+        return self.timeout_s
 
     def sampling(
         self,

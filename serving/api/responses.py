@@ -51,6 +51,7 @@ async def create_response(request: Request) -> Response:
         constraint=constraint,
         logprobs=asked.logprobs,
     )
+    deadline_s = asked.deadline_s(settings.deadline_s)
     async with AsyncExitStack() as stack:
         place = await stack.enter_async_context(place_for(record, asked.previous_response_id, asked.store))
         instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
@@ -61,6 +62,7 @@ async def create_response(request: Request) -> Response:
         wanted = Asked(
             [conversation.token_ids],
             ending_turns(params, backend),
+            deadline_s=deadline_s,
             priority=asked.priority or 0,
             turn_ends=conversation.turn_ends,
         )

@@ -29,8 +29,8 @@ class Asked:
     Attributes:
         prompts: token ids of each prompt, those of the start included.
         params: how to sample.
-        copies: sequences of each prompt.
         deadline_s: of all.
+        copies: sequences of each prompt.
         priority: higher is served first.
         turn_ends: positions in the only prompt where turns of a conversation end.
         prompt_logprobs: alternatives to give per token of the prompts; None for no probabilities.
@@ -38,8 +38,8 @@ class Asked:
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
+    deadline_s: float
     copies: int = 1
-    deadline_s: float = 0.0
     priority: int = 0
     turn_ends: Sequence[int] = ()
     prompt_logprobs: int | None = None
@@ -79,7 +79,7 @@ class Run:
                 job = Job(
                     prompt_ids,
                     asked.params,
-                    asked.deadline_s or settings.deadline_s,
+                    asked.deadline_s,
                     start=start.snapshot,
                     keep=start.lease is not None,
                     priority=asked.priority,

@@ -77,7 +77,7 @@ class PrefixCache:
         interval: tokens between the checkpoints within a long prompt.
 
     Attributes:
-        nbytes, checkpoints, evictions: for the metrics.
+        nbytes, checkpoints, evictions: for the metrics; what is held, and how many have given way so far.
     """
 
     def __init__(self, budget_bytes: int, interval: int) -> None:

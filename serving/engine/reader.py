@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 
-import torch
 from torch import Tensor
 
 from serving.engine.prefix_cache import PrefixCache
 from serving.engine.sequence import ActiveSequence
 from serving.metrics import Metrics
 from yunmin.runtime import Runtime
+from yunmin.sampler import token_logprob
 
 _ROWS = 16  # of a tile of the matrix products: fewer take as long
 
@@ -140,9 +140,6 @@ class PromptReader:
         if begin == 0:
             found.append(None)
         targets = ids[begin + 1 : begin + 1 + logits.shape[0]]
-        scores = logits[: len(targets), : self._runtime.config.n_tokens].float().cpu()
-        logprobs = torch.log_softmax(scores, 1)
-        best = torch.topk(logprobs, min(count, logprobs.shape[1]), 1)
-        for row, target in enumerate(targets):
-            top = tuple(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True))
-            found.append((float(logprobs[row, target]), top))
+        n_tokens = self._runtime.config.n_tokens
+        rows = logits.cpu()  # one copy for all of them
+        found += [token_logprob(row, n_tokens, target, count) for row, target in zip(rows, targets, strict=False)]

@@ -50,6 +50,7 @@ class Scheduler:
         self._metrics = metrics
         self._pace = pace
         self._cache = cache
+        self._evictions = 0  # of the cache, as last reported
         self._outbox = Outbox()
         self._reader = PromptReader(runtime, cache, metrics)
         self._batch = DecodeBatch(runtime, slots)
@@ -95,6 +96,8 @@ class Scheduler:
         self._metrics.running.set(load.running)
         self._metrics.waiting.set(load.waiting)
         self._metrics.cache_checkpoints.set(self._cache.checkpoints)
+        self._metrics.cache_evictions.inc(self._cache.evictions - self._evictions)
+        self._evictions = self._cache.evictions
         self._metrics.state_bytes.labels("prefix_cache").set(self._cache.nbytes)
 
     def _drop_departed(self) -> None:

@@ -13,10 +13,9 @@ from typing import Self
 
 from yunmin.errors import YunminError
 from yunmin.generate import Generation, Piece
+from yunmin.sampler import TokenLogprob
 from yunmin.state import Snapshot
 
-# (log-probability, the most probable alternatives with theirs) of one token
-TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 Event = Piece | YunminError
 
 
@@ -64,7 +63,7 @@ class TokenStream:
         self.generation = generation
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
-        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.prompt_logprobs: list[TokenLogprob | None] = []
         self.snapshot: Snapshot | None = None
         self.timings = Timings()
         self.cancelled = False  # read by the engine's thread

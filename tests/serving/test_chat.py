@@ -206,6 +206,7 @@ def test_without_a_template_one_error_says_how_to_configure_it(model: LanguageMo
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_completion_tokens": 1001}, "max_completion_tokens"),
         ({"n": 0}, "n"),
+        ({"timeout_s": 301}, "timeout_s"),
         ({"model": "other"}, "model"),
         ({"session_id": "sess_x", "n": 2}, "session_id"),
     ],
@@ -272,6 +273,24 @@ def test_a_session_holds_the_conversation(model: LanguageModel) -> None:
             assert refused["code"] == "wrong_session_kind"
 
     serving(model, body, CHAT_TEMPLATE="chatml")
+
+
+def test_a_long_tail_is_refused_however_the_model_has_spelled_what_is_before_it(
+    model: LanguageModel,
+) -> None:
+    async def body(app: Starlette) -> None:
+        async with http_client(app) as client:
+            session_id = (await client.post("/v1/sessions", json={})).json()["id"]
+            await turn(client, session_id, "Hello")
+            long = {"messages": [{"role": "user", "content": "x" * 90}], "max_tokens": 1, "session_id": session_id}
+            error = error_of(await client.post(PATH, json=long), 400)
+            begun = prompt([{"role": "user", "content": "Hello"}])
+            said = model.generate(begun, max_tokens=6, temperature=0).text
+            whole = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}, *long["messages"]]
+            tail = len(model.encode(prompt(whole)[len(begun + said) :]))
+            assert error["message"].endswith(f"at most 100 tokens on this server, got {tail}")
+
+    serving(model, body, CHAT_TEMPLATE="chatml", MAX_PROMPT_TOKENS="100")
 
 
 def test_a_streamed_turn_is_saved_before_its_last_chunk(model: LanguageModel) -> None:

@@ -231,6 +231,7 @@ def test_structured_output_matches_what_was_asked(running: Running, path: str, e
         ({"best_of": 2, "n": 3}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"priority": 11}, "priority"),
+        ({"timeout_s": 0}, "timeout_s"),
         ({"stop_token_ids": [10_000]}, "stop_token_ids"),
         ({"session_id": "sess_x", "n": 2}, "session_id"),
         ({"session_id": "sess_x", "echo": True}, "echo"),
@@ -238,6 +239,11 @@ def test_structured_output_matches_what_was_asked(running: Running, path: str, e
 )
 def test_what_contradicts_itself_is_refused_by_name(running: Running, extra: JSON, param: str) -> None:
     refusal(post(running, "/v1/completions", {"prompt": "x", "max_tokens": 4} | extra), 400, param)
+
+
+def test_a_request_may_shorten_its_own_deadline(running: Running) -> None:
+    endless = {"prompt": "x", "max_tokens": 100_000, "temperature": 0, "timeout_s": 0.3}
+    assert "0.3 s" in refusal(post(running, "/v1/completions", endless), 504)
 
 
 def test_a_repeated_prompt_is_not_read_again(running: Running) -> None:

@@ -272,9 +272,9 @@ def test_probabilities_of_a_prompt_are_those_of_the_whole_sequence(model: Langua
             assert len(found) == len(ids) - 1
             for position, entry in enumerate(found):
                 assert entry is not None
-                assert entry[0] == pytest.approx(float(logprobs[position, ids[position + 1]]), abs=1e-5)
+                assert entry.logprob == pytest.approx(float(logprobs[position, ids[position + 1]]), abs=1e-5)
                 best = torch.topk(logprobs[position], 3)
-                assert [token for token, _ in entry[1]] == best.indices.tolist()
+                assert [token for token, _ in entry.top] == best.indices.tolist()
 
     run(main())
 

@@ -143,6 +143,7 @@ def test_what_saves_most_work_outlives_what_saves_little() -> None:
     put(cache, [3] * 30)
     assert found(cache, long) == 500
     assert found(cache, short) == 0
+    assert cache.evictions == 1
 
 
 def test_what_saves_much_but_is_never_asked_for_gives_way_at_last() -> None:

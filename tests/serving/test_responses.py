@@ -252,6 +252,7 @@ def test_the_text_keeps_to_a_schema_in_the_words_of_responses(model: LanguageMod
         ({"session_id": "sess_0"}, "session_id"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"background": True}, "background"),
+        ({"timeout_s": -1.0}, "timeout_s"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"max_output_tokens": 0.5}, "max_output_tokens"),
