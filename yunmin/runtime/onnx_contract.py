@@ -1,0 +1,95 @@
+"""What an ONNX graph of ours looks like from outside: its inputs, outputs and metadata; `export.onnx_graph` writes it.
+
+Names follow ONNX Runtime GenAI's for models with recurrent states. For layers 0..n-1, with B sequences of T >= 1 tokens
+each:
+
+    input_ids                                 int64 (B, T)
+    num_logits_to_keep                        int64 (), optional: logits of the last so many positions, 0 for all (1)
+    past_key_values.{i}.conv_state            float32 (B, D, K-1)
+    past_key_values.{i}.recurrent_state       float32 (B, N, D)
+    logits                                    float32 (B, kept, V)
+    present.{i}.conv_state, present.{i}.recurrent_state    as the inputs
+
+A graph with stacked states has two tensors instead, all layers of a sequence behind one another, each as above and
+flattened: `past_conv_states` (B, sum of D * (K-1)) and `past_recurrent_states` (B, sum of N * D), and `present_...`.
+Inputs and outputs sort alike by name, since Triton pairs implicit states that way (server#8586).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from yunmin.config import MambaConfig
+from yunmin.errors import ArtifactError, ConfigError
+
+Flavour = Literal["ort", "portable"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+States = Literal["layers", "stacked"]
+
+GRAPH_FOLDER = "onnx"
+GRAPH_FILE = "model.onnx"
+INPUT_IDS = "input_ids"
+KEPT_LOGITS = "num_logits_to_keep"
+LOGITS = "logits"
+STACKED_STATES = ("conv_states", "recurrent_states")
+FORMAT_VERSION = 1
+_PREFIX = "yunmin."
+
+
+def past_name(layer: int, kind: Literal["conv", "recurrent"]) -> str:
+    return f"past_key_values.{layer}.{kind}_state"
+
+
+def present_name(layer: int, kind: Literal["conv", "recurrent"]) -> str:
+    return f"present.{layer}.{kind}_state"
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a graph says about itself, in its metadata.
+
+    Attributes:
+        config: of the model; `n_tokens` says which logits may be sampled.
+        flavour: "portable" has basic operators only, "ort" has ONNX Runtime's fused ones.
+        precision: how the weights are stored.
+        states: one pair of tensors for each layer, or one for all.
+    """
+
+    config: MambaConfig
+    flavour: Flavour
+    precision: Precision
+    states: States = "layers"
+
+    def to_metadata(self) -> dict[str, str]:
+        """The `metadata_props` of the graph."""
+        return {
+            f"{_PREFIX}format_version": str(FORMAT_VERSION),
+            f"{_PREFIX}flavour": self.flavour,
+            f"{_PREFIX}precision": self.precision,
+            f"{_PREFIX}states": self.states,
+            f"{_PREFIX}config": json.dumps(self.config.to_hf(), sort_keys=True),
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], *, where: str) -> GraphFacts:
+        """Reads what `to_metadata` wrote.
+
+        Raises:
+            ArtifactError: the graph is not one of ours, or of an unknown version; `where` names it.
+        """
+        version = metadata.get(f"{_PREFIX}format_version")
+        if version != str(FORMAT_VERSION):
+            raise ArtifactError(f"{where}: expected a graph of yunmin's format {FORMAT_VERSION}, found {version!r}")
+        found: dict[str, Any] = {}
+        for key, known in (("flavour", Flavour), ("precision", Precision), ("states", States)):
+            found[key] = metadata.get(_PREFIX + key)
+            if found[key] not in get_args(known):
+                raise ArtifactError(f"{where}: {key}: expected {' or '.join(get_args(known))}, found {found[key]!r}")
+        try:
+            config = MambaConfig.from_dict(json.loads(metadata[f"{_PREFIX}config"]), where=where)
+        except (KeyError, ValueError, ConfigError) as error:
+            raise ArtifactError(f"{where}: config: {error}") from None
+        return cls(config, **found)
