@@ -34,17 +34,23 @@ GRAPH_FILE = "model.onnx"
 INPUT_IDS = "input_ids"
 KEPT_LOGITS = "num_logits_to_keep"
 LOGITS = "logits"
-STACKED_STATES = ("conv_states", "recurrent_states")
 FORMAT_VERSION = 1
 _PREFIX = "yunmin."
 
 
-def past_name(layer: int, kind: Literal["conv", "recurrent"]) -> str:
+def past_name(layer: int, kind: str) -> str:
+    """The input with a layer's "conv" or "recurrent" state."""
     return f"past_key_values.{layer}.{kind}_state"
 
 
-def present_name(layer: int, kind: Literal["conv", "recurrent"]) -> str:
+def present_name(layer: int, kind: str) -> str:
+    """The output with that state after the last token."""
     return f"present.{layer}.{kind}_state"
+
+
+def stacked_names(kind: str) -> tuple[str, str]:
+    """The input and the output with all layers' "conv" or "recurrent" states."""
+    return f"past_{kind}_states", f"present_{kind}_states"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Writes a model as one ONNX graph for any batch and any number of tokens, states going in and out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, ValueInfoProto, helper
+
+from export.onnx_graph.builder import MICROSOFT, GraphBuilder
+from export.onnx_graph.external import write_model
+from export.onnx_graph.layer import LayerWriter
+from export.onnx_graph.matrices import Matrices
+from export.onnx_graph.weights import GraphWeights
+from yunmin.checkpoint import Checkpoint
+from yunmin.config import MambaConfig
+from yunmin.runtime.onnx_contract import (
+    INPUT_IDS,
+    KEPT_LOGITS,
+    LOGITS,
+    Flavour,
+    GraphFacts,
+    Precision,
+    States,
+    past_name,
+    present_name,
+    stacked_names,
+)
+
+OPSET = 21
+_IR_VERSION = 10
+_EMBEDDING = "backbone.embeddings.weight"
+_KINDS = ("conv", "recurrent")
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What kind of graph is wanted.
+
+    Attributes:
+        flavour: "ort" uses the fused operators of ONNX Runtime where they are faster, "portable" basic ones only.
+        precision: how weights are stored; fp16 and integers are computed with in float32 and int8.
+        states: a pair of tensors for each layer, or two for all ("stacked", for Triton).
+    """
+
+    flavour: Flavour = "ort"
+    precision: Precision = "fp32"
+    states: States = "layers"
+
+
+def write_graph(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> None:
+    """Writes a graph; the same input gives the same bytes.
+
+    Args:
+        path: of the `.onnx` file; large weights go into a file of the same name with `.data` appended.
+        checkpoint: float32, or quantized as stored.
+        options: what kind of graph.
+
+    Raises:
+        ConfigError: the precision does not go with the checkpoint's.
+        CheckpointError: a weight cannot be quantized; names it.
+    """
+    graph = GraphBuilder()
+    config = checkpoint.config
+    weights = GraphWeights(checkpoint, options.precision)
+    matrices = Matrices(graph, weights, options.flavour, options.precision)
+    layers = LayerWriter(graph, config, weights, matrices, options.flavour)
+
+    inputs, past, outputs, present = _states(graph, config, options.states)
+    x = matrices.rows(INPUT_IDS, _EMBEDDING)  # (B, T, d)
+    for layer in range(config.n_layers):
+        graph.scope(f"layers.{layer}")
+        x = layers.block(x, layer, past[layer], present[layer])
+    graph.scope("")
+    if options.states == "stacked":
+        _stack(graph, present)
+    kept = graph.op("Reshape", [graph.op("Neg", [KEPT_LOGITS]), graph.ints(1)])
+    x = graph.op("Slice", [x, kept, graph.ints(2**62), graph.ints(1)])  # (B, kept, d)
+    x = layers.norm(x, "backbone.norm_f.weight")
+    logits = matrices.head(x, _EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
+    graph.op("Identity", [logits], output=LOGITS)
+
+    ids = helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, ["batch", "sequence"])
+    keep = helper.make_tensor_value_info(KEPT_LOGITS, TensorProto.INT64, [])
+    logits_info = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", "kept", config.vocab_size])
+    default = helper.make_tensor(KEPT_LOGITS, TensorProto.INT64, [], [1])  # an input with a default value
+    proto = helper.make_graph(
+        graph.nodes, "mamba", [ids, keep, *inputs], [logits_info, *outputs], [*graph.constants, default]
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    if options.flavour == "ort":
+        opsets.append(helper.make_opsetid(MICROSOFT, 1))
+    model = helper.make_model(proto, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="yunmin")
+    facts = GraphFacts(config, options.flavour, options.precision, options.states)
+    onnx.helper.set_model_props(model, facts.to_metadata())
+    write_model(path, model, graph.weights)
+
+
+def _states(
+    graph: GraphBuilder, config: MambaConfig, states: States
+) -> tuple[list[ValueInfoProto], list[tuple[str, str]], list[ValueInfoProto], list[tuple[str, str]]]:
+    """Graph inputs, the names of each layer's states before, graph outputs, and the names for those afterwards."""
+    shapes = {
+        "conv": [(inner, config.d_conv - 1) for inner in config.d_inner],
+        "recurrent": [(n, inner) for n, inner in zip(config.d_state, config.d_inner, strict=True)],
+    }
+
+    def info(name: str, *shape: int) -> ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+
+    layers = range(config.n_layers)
+    past = [(past_name(i, "conv"), past_name(i, "recurrent")) for i in layers]
+    present = [(present_name(i, "conv"), present_name(i, "recurrent")) for i in layers]
+    if states == "layers":
+        inputs = [info(past[i][k], *shapes[kind][i]) for i in layers for k, kind in enumerate(_KINDS)]
+        outputs = [info(present[i][k], *shapes[kind][i]) for i in layers for k, kind in enumerate(_KINDS)]
+        return inputs, past, outputs, present
+    inputs, outputs = [], []
+    for k, kind in enumerate(_KINDS):
+        past_stack, present_stack = stacked_names(kind)
+        sizes = [prod(shape) for shape in shapes[kind]]
+        inputs.append(info(past_stack, sum(sizes)))
+        outputs.append(info(present_stack, sum(sizes)))
+        parts = graph.ops("Split", [past_stack, graph.ints(*sizes)], len(sizes), axis=1)
+        for i, shape in enumerate(shapes[kind]):
+            graph.op("Reshape", [parts[i], graph.ints(-1, *shape)], output=past[i][k])
+    return inputs, past, outputs, present
+
+
+def _stack(graph: GraphBuilder, present: list[tuple[str, str]]) -> None:
+    for k, kind in enumerate(_KINDS):
+        flat = [graph.op("Reshape", [names[k], graph.ints(0, -1)]) for names in present]
+        graph.op("Concat", flat, axis=1, output=stacked_names(kind)[1])

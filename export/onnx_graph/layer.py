@@ -1,0 +1,167 @@
+"""One Mamba block as ONNX nodes: norm, projection, causal convolution, selective scan, gate, projection.
+
+Symbols are those of `yunmin.scan`. The state is kept as (B, N, D): the long axis last, where vectors run along it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from onnx import GraphProto, TensorProto, ValueInfoProto, helper
+
+from export.onnx_graph.builder import MICROSOFT, GraphBuilder
+from export.onnx_graph.matrices import Matrices
+from export.onnx_graph.weights import GraphWeights
+from yunmin.axes import layer_prefix
+from yunmin.config import MambaConfig
+from yunmin.runtime.onnx_contract import Flavour
+
+
+@dataclass(frozen=True)
+class LayerWriter:
+    """Adds blocks to a graph.
+
+    Attributes:
+        graph: to add to.
+        config: of the model.
+        weights: of the model.
+        matrices: its products.
+        flavour: of the graph.
+    """
+
+    graph: GraphBuilder
+    config: MambaConfig
+    weights: GraphWeights
+    matrices: Matrices
+    flavour: Flavour
+
+    def norm(self, x: str, name: str) -> str:
+        """Root-mean-square normalization (B, T, d), times a weight (d,)."""
+        graph, weight = self.graph, self._vector(name)
+        if self.flavour == "ort":
+            return graph.op(
+                "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.config.norm_eps, stash_type=1
+            )
+        mean = graph.op("ReduceMean", [graph.op("Mul", [x, x]), graph.ints(-1)], keepdims=1)
+        root = graph.op("Sqrt", [graph.op("Add", [mean, graph.constant(self.config.norm_eps, "float32")])])
+        return graph.op("Mul", [graph.op("Div", [x, root]), weight])
+
+    def block(self, residual: str, layer: int, past: tuple[str, str], present: tuple[str, str]) -> str:
+        """Adds layer `layer` between a residual stream and the next (B, T, d).
+
+        Args:
+            residual: before the block.
+            layer: its number.
+            past: its states before: of the convolution (B, D, K-1), of the scan (B, N, D).
+            present: names for them afterwards.
+        """
+        graph, prefix = self.graph, f"{layer_prefix(layer)}mixer."
+        inner, n = self.config.d_inner[layer], self.config.d_state[layer]
+        hidden = self.norm(residual, f"{layer_prefix(layer)}norm.weight")
+        xz = self._with_bias(self.matrices.linear(hidden, f"{prefix}in_proj.weight"), f"{prefix}in_proj.bias")
+        x, z = graph.ops("Split", [xz, graph.ints(inner, inner)], 2, axis=-1)  # (B, T, D) each
+        u = self._convolution(x, prefix, inner, past[0], present[0])
+        maps = self.matrices.linear(u, f"{prefix}x_proj.weight")
+        dt, B_ssm, C_ssm = graph.ops("Split", [maps, graph.ints(self.config.dt_rank, n, n)], 3, axis=-1)
+        raw = graph.op(
+            "Add", [self.matrices.linear(dt, f"{prefix}dt_proj.weight"), self._vector(f"{prefix}dt_proj.bias")]
+        )
+        delta = self._softplus(raw)
+        y = self._scan(delta, u, B_ssm, C_ssm, prefix, layer, past[1], present[1])
+        y = graph.op("Add", [y, graph.op("Mul", [u, self._vector(f"{prefix}D")])])
+        gated = graph.op("Mul", [y, self._silu(z)])
+        out = self._with_bias(self.matrices.linear(gated, f"{prefix}out_proj.weight"), f"{prefix}out_proj.bias")
+        return graph.op("Add", [residual, out])
+
+    def _vector(self, name: str) -> str:
+        return self.graph.weight(name, self.weights.plain(name))
+
+    def _with_bias(self, x: str, name: str) -> str:
+        return self.graph.op("Add", [x, self._vector(name)]) if self.config.use_bias else x
+
+    def _silu(self, x: str) -> str:
+        if self.flavour == "ort":
+            return self.graph.op("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x)
+        return self.graph.op("Mul", [x, self.graph.op("Sigmoid", [x])])
+
+    def _softplus(self, x: str) -> str:
+        return self.graph.op("Softplus", [x])
+
+    def _convolution(self, x: str, prefix: str, inner: int, past: str, present: str) -> str:
+        """SiLU of the causal convolution: (B, T, D) -> (B, T, D)."""
+        graph, taps = self.graph, self.config.d_conv
+        weight = self._vector(f"{prefix}conv1d.weight")  # (D, 1, K)
+        bias = [self._vector(f"{prefix}conv1d.bias")] if self.config.use_conv_bias else []
+        channels = graph.op("Transpose", [x], perm=[0, 2, 1])  # (B, D, T)
+        if self.flavour == "ort":
+            if not bias:
+                bias = [graph.weight(f"{prefix}conv1d.bias", torch.zeros(inner))]  # none can be left away here
+            u, _ = graph.ops(
+                "CausalConvWithState",
+                [channels, weight, *bias, past],
+                2,
+                domain=MICROSOFT,
+                outputs=[f"{prefix}convolved", present],
+                activation="silu",
+            )
+            return graph.op("Transpose", [u], perm=[0, 2, 1])
+        padded = graph.op("Concat", [past, channels], axis=2)  # (B, D, K-1+T)
+        convolved = graph.op("Conv", [padded, weight, *bias], group=inner, kernel_shape=[taps])  # (B, D, T)
+        last = [graph.ints(1 - taps), graph.ints(2**62), graph.ints(2)]
+        graph.op("Slice", [padded, *last], output=present)
+        return self._silu(graph.op("Transpose", [convolved], perm=[0, 2, 1]))
+
+    def _scan(
+        self, delta: str, u: str, B_ssm: str, C_ssm: str, prefix: str, layer: int, past: str, present: str
+    ) -> str:
+        """The recurrence (B, T, D), without the skip."""
+        graph = self.graph
+        A = -torch.exp(self.weights.plain(f"{prefix}A_log"))  # (D, N)
+        decay_rates = graph.weight(f"{prefix}A.T", A.T)
+        delta_u = graph.op("Mul", [delta, u])
+        body = self._step_body(decay_rates, layer)
+        _, y = graph.ops(
+            "Scan",
+            [past, delta, delta_u, B_ssm, C_ssm],
+            2,
+            outputs=[present, f"{prefix}y"],
+            body=body,
+            num_scan_inputs=4,
+            scan_input_axes=[1, 1, 1, 1],
+            scan_output_axes=[1],
+        )
+        return y
+
+    def _step_body(self, decay_rates: str, layer: int) -> GraphProto:
+        """One token: h = exp(delta A) h + B (delta u), y = C h, with h (B, N, D)."""
+        inner, n = self.config.d_inner[layer], self.config.d_state[layer]
+        one, last = self.graph.ints(1), self.graph.ints(-1)
+        nodes = [
+            ("Unsqueeze", ["delta", one], "delta_row"),  # (B, 1, D)
+            ("Mul", ["delta_row", decay_rates], "delta_A"),  # (B, N, D)
+            ("Exp", ["delta_A"], "decay"),
+            ("Mul", ["decay", "h"], "decayed"),
+            ("Unsqueeze", ["B_ssm", last], "B_column"),  # (B, N, 1)
+            ("Unsqueeze", ["delta_u", one], "delta_u_row"),  # (B, 1, D)
+            ("MatMul", ["B_column", "delta_u_row"], "input"),
+            ("Add", ["decayed", "input"], "h_next"),
+            ("Unsqueeze", ["C_ssm", one], "C_row"),  # (B, 1, N)
+            ("MatMul", ["C_row", "h_next"], "y_row"),
+            ("Squeeze", ["y_row", one], "y"),
+        ]
+
+        def value(name: str, *shape: str | int) -> ValueInfoProto:
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+
+        return helper.make_graph(
+            [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in nodes],
+            f"layers.{layer}.step",
+            [
+                value("h", n, inner),
+                *(value(v, inner) for v in ("delta", "delta_u")),
+                value("B_ssm", n),
+                value("C_ssm", n),
+            ],
+            [value("h_next", n, inner), value("y", inner)],
+        )

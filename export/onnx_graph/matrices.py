@@ -1,0 +1,136 @@
+"""Products with the model's matrices, and rows of its embedding, in every precision."""
+
+from __future__ import annotations
+
+import torch
+from onnx import TensorProto
+from torch import Tensor
+from torch.nn import functional as F
+
+from export.onnx_graph.builder import MICROSOFT, GraphBuilder
+from export.onnx_graph.weights import GraphWeights, half
+from yunmin.quantization.layout import GROUP_SIZE
+from yunmin.quantization.packing import QuantizedWeight
+from yunmin.runtime.onnx_contract import Flavour, Precision
+
+BLOCK = 128  # inputs that share a scale in an int8 weight of `ort`, whose scales are repeated: fewer cost time
+_INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: blocks of activations are rounded to int8, too
+
+
+class Matrices:
+    """Adds products to a graph.
+
+    Args:
+        graph: to add to.
+        weights: of the model.
+        flavour, precision: of the graph.
+    """
+
+    def __init__(self, graph: GraphBuilder, weights: GraphWeights, flavour: Flavour, precision: Precision) -> None:
+        self._graph = graph
+        self._weights = weights
+        self._is_ort = flavour == "ort"
+        self._precision = precision
+
+    def linear(self, x: str, name: str) -> str:
+        """Multiplies x (..., inputs) by the transpose of a weight (rows, inputs) -> (..., rows)."""
+        if self._weights.is_quantized:
+            weight = self._weights.quantized(name)
+            return self._bits(x, name, weight) if self._is_ort else self._dequantized(x, name, weight)
+        matrix = self._weights.plain(name).T
+        if self._precision == "fp16":
+            stored = self._graph.weight(f"{name}.T", half(matrix))
+            return self._graph.op("MatMul", [x, self._float(stored)])
+        return self._graph.op("MatMul", [x, self._graph.weight(f"{name}.T", matrix)])
+
+    def head(self, x: str, name: str) -> str:
+        """As `linear`, for a weight that may be the embedding, too: it is stored once."""
+        if self._weights.is_quantized:
+            return self.linear(x, name)
+        rows, inputs = self._weights.plain(name).shape
+        graph = self._graph
+        flat = graph.op("Reshape", [x, graph.ints(-1, inputs)])
+        product = graph.op("Gemm", [flat, self._table(name)], transB=1)  # (B * kept, V)
+        batch_and_kept = graph.op("Shape", [x], start=0, end=2)
+        return graph.op("Reshape", [product, graph.op("Concat", [batch_and_kept, graph.ints(rows)], axis=0)])
+
+    def rows(self, ids: str, name: str) -> str:
+        """Rows of the embedding: int64 ids (B, T) -> float32 (B, T, d)."""
+        graph = self._graph
+        if not self._weights.is_quantized:
+            stored = self._stored_table(name)
+            found = graph.op("Gather", [stored, ids])
+            return self._float(found) if self._precision == "fp16" else found
+        weight = self._weights.quantized(name)  # embeddings are int8 in either precision
+        width = weight.levels.shape[1]
+        if self._is_ort:
+            packed, _ = self._packed(name, weight)
+            levels = graph.op("Gather", [packed, ids])  # (B, T, blocks, BLOCK)
+            centred = graph.op("Sub", [self._float(levels), graph.constant(128.0, "float32")])
+            flat = graph.op("Reshape", [centred, graph.ints(0, 0, -1)])
+            if width % BLOCK:
+                flat = graph.op("Slice", [flat, graph.ints(0), graph.ints(width), graph.ints(2)])
+        else:
+            flat = self._float(graph.op("Gather", [graph.weight(f"{name}.levels", weight.levels), ids]))
+        scale = graph.weight(f"{name}.row_scale", weight.scale.float())  # (V, 1)
+        return graph.op("Mul", [flat, graph.op("Gather", [scale, ids])])
+
+    def _stored_table(self, name: str) -> str:
+        table = self._weights.plain(name)
+        return self._graph.weight(name, half(table) if self._precision == "fp16" else table)
+
+    def _table(self, name: str) -> str:
+        stored = self._stored_table(name)
+        return self._float(stored) if self._precision == "fp16" else stored
+
+    def _float(self, value: str) -> str:
+        return self._graph.op("Cast", [value], to=TensorProto.FLOAT)
+
+    def _packed(self, name: str, weight: QuantizedWeight) -> tuple[str, str]:
+        """The integers and scales of `MatMulNBits`: (rows, blocks, bytes) and (rows, blocks)."""
+        graph = self._graph
+        if weight.format == "int8":
+            levels = F.pad(weight.levels.to(torch.int16) + 128, (0, -weight.levels.shape[1] % BLOCK), value=128)
+            packed = levels.to(torch.uint8).unflatten(1, (-1, BLOCK))
+            scale = weight.scale.float().expand(-1, packed.shape[1])
+        else:
+            levels = F.pad(weight.levels + 8, (0, -weight.levels.shape[1] % GROUP_SIZE), value=8)
+            packed = _pairs(levels).unflatten(1, (-1, GROUP_SIZE // 2))
+            scale = weight.scale.float()
+        return graph.weight(f"{name}.packed", packed), graph.weight(f"{name}.scale", scale)
+
+    def _bits(self, x: str, name: str, weight: QuantizedWeight) -> str:
+        packed, scale = self._packed(name, weight)
+        rows, inputs = weight.levels.shape
+        return self._graph.op(
+            "MatMulNBits",
+            [x, packed, scale],
+            domain=MICROSOFT,
+            K=inputs,
+            N=rows,
+            bits=8 if weight.format == "int8" else 4,
+            block_size=BLOCK if weight.format == "int8" else GROUP_SIZE,
+            accuracy_level=_INT8_ACTIVATIONS,
+        )
+
+    def _dequantized(self, x: str, name: str, weight: QuantizedWeight) -> str:
+        graph = self._graph
+        inputs, rows = weight.levels.T.shape
+        if weight.format == "int8":
+            # as it lies in the embedding, which is this weight where the two are tied
+            levels = graph.weight(f"{name}.levels", weight.levels)
+            scale = graph.weight(f"{name}.scale", weight.scale[:, 0].float())
+            matrix = graph.op("DequantizeLinear", [levels, scale], axis=0)  # (rows, inputs)
+            matrix = graph.op("Transpose", [matrix], perm=[1, 0])
+        else:
+            packed = _pairs(F.pad(weight.levels.T.contiguous().view(1, -1), (0, inputs * rows % 2)) & 15)
+            levels = graph.weight(f"{name}.levels.T", packed.view(-1), dtype=TensorProto.INT4, dims=(inputs, rows))
+            scale = graph.weight(f"{name}.scale.T", weight.scale.float().T)
+            matrix = graph.op("DequantizeLinear", [levels, scale], axis=0, block_size=GROUP_SIZE)
+        return graph.op("MatMul", [x, matrix])
+
+
+def _pairs(nibbles: Tensor) -> Tensor:
+    """Two nibbles a byte, the first in its low half: (rows, n) -> (rows, n / 2)."""
+    unsigned = nibbles.to(torch.uint8)
+    return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
