@@ -14,7 +14,7 @@ from yunmin.quantization.packing import QuantizedWeight
 from yunmin.runtime.onnx_contract import Flavour, Precision
 
 BLOCK = 128  # inputs that share a scale in an int8 weight of `ort`, whose scales are repeated: fewer cost time
-_INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: blocks of activations are rounded to int8, too
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: blocks of activations are rounded to int8, too
 
 
 class Matrices:
@@ -110,7 +110,7 @@ class Matrices:
             N=rows,
             bits=8 if weight.format == "int8" else 4,
             block_size=BLOCK if weight.format == "int8" else GROUP_SIZE,
-            accuracy_level=_INT8_ACTIVATIONS,
+            accuracy_level=INT8_ACTIVATIONS,
         )
 
     def _dequantized(self, x: str, name: str, weight: QuantizedWeight) -> str:
