@@ -13,7 +13,8 @@ from yunmin.quantization.layout import GROUP_SIZE
 from yunmin.quantization.packing import QuantizedWeight
 from yunmin.runtime.onnx_contract import Flavour, Precision
 
-BLOCK = 128  # inputs that share a scale in an int8 weight of `ort`, whose scales are repeated: fewer cost time
+_LARGEST_BLOCK = 256  # of inputs with one scale in an int8 weight of `ort`: the largest allowed is the fastest
+_SMALLEST_BLOCK = 16
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: blocks of activations are rounded to int8, too
 
 
@@ -65,10 +66,10 @@ class Matrices:
         width = weight.levels.shape[1]
         if self._is_ort:
             packed, _ = self._packed(name, weight)
-            levels = graph.op("Gather", [packed, ids])  # (B, T, blocks, BLOCK)
+            levels = graph.op("Gather", [packed, ids])  # (B, T, blocks, inputs of a block)
             centred = graph.op("Sub", [self._float(levels), graph.constant(128.0, "float32")])
             flat = graph.op("Reshape", [centred, graph.ints(0, 0, -1)])
-            if width % BLOCK:
+            if width % _int8_block(width):
                 flat = graph.op("Slice", [flat, graph.ints(0), graph.ints(width), graph.ints(2)])
         else:
             flat = self._float(graph.op("Gather", [graph.weight(f"{name}.levels", weight.levels), ids]))
@@ -90,8 +91,9 @@ class Matrices:
         """The integers and scales of `MatMulNBits`: (rows, blocks, bytes) and (rows, blocks)."""
         graph = self._graph
         if weight.format == "int8":
-            levels = F.pad(weight.levels.to(torch.int16) + 128, (0, -weight.levels.shape[1] % BLOCK), value=128)
-            packed = levels.to(torch.uint8).unflatten(1, (-1, BLOCK))
+            block = _int8_block(weight.levels.shape[1])
+            levels = F.pad(weight.levels.to(torch.int16) + 128, (0, -weight.levels.shape[1] % block), value=128)
+            packed = levels.to(torch.uint8).unflatten(1, (-1, block))
             scale = weight.scale.float().expand(-1, packed.shape[1])
         else:
             levels = F.pad(weight.levels + 8, (0, -weight.levels.shape[1] % GROUP_SIZE), value=8)
@@ -109,7 +111,7 @@ class Matrices:
             K=inputs,
             N=rows,
             bits=8 if weight.format == "int8" else 4,
-            block_size=BLOCK if weight.format == "int8" else GROUP_SIZE,
+            block_size=_int8_block(inputs) if weight.format == "int8" else GROUP_SIZE,
             accuracy_level=INT8_ACTIVATIONS,
         )
 
@@ -128,6 +130,11 @@ class Matrices:
             scale = graph.weight(f"{name}.scale.T", weight.scale.float().T)
             matrix = graph.op("DequantizeLinear", [levels, scale], axis=0, block_size=GROUP_SIZE)
         return graph.op("MatMul", [x, matrix])
+
+
+def _int8_block(inputs: int) -> int:
+    """The power of two that holds all inputs, within what `MatMulNBits` takes."""
+    return min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (inputs - 1).bit_length()))
 
 
 def _pairs(nibbles: Tensor) -> Tensor:
