@@ -9,16 +9,18 @@ which keeps the head in Q6_K, every matrix takes the one type asked for.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.gguf_tokenizer import TokenTable, token_table
+from export.gguf_readback import require_faithful
+from export.gguf_tokenizer import TokenTable, chat_template_of, token_table
 from yunmin.artifact import is_artifact, load_artifact
 from yunmin.axes import layer_prefix
 from yunmin.checkpoint import Checkpoint, load_checkpoint, refuse_quantized
@@ -30,8 +32,8 @@ from yunmin.model import check_tensors
 from yunmin.pillars import PILLARS_FILE
 from yunmin.tokenizer import Tokenizer
 
-GGUF_TYPES = ("F32", "Q8_0", "Q4_0")
-_FILE_TYPES = {"F32": "ALL_F32", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
+GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_0")
+_FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
 _CONTEXT_LENGTH = 2**20  # the converter's: a Mamba has no limit, and readers want a number
 
 Array = npt.NDArray[Any]
@@ -44,9 +46,11 @@ def write_gguf(
     *,
     kind: str = "F32",
     tokenizer: Tokenizer | None = None,
+    chat_template: str | None = None,
     name: str = "mamba",
+    report: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes a model as one GGUF file, whole or not at all.
+    """Writes a model as one GGUF file, whole and read back, or not at all.
 
     Args:
         path: the file.
@@ -54,30 +58,54 @@ def write_gguf(
         tensors: float weights by Hugging Face name, as `yunmin.checkpoint.Checkpoint.tensors`.
         kind: type of the matrices, one of `GGUF_TYPES`.
         tokenizer: goes into the file; without one it says so ("no_vocab") and takes token ids only.
+        chat_template: Jinja source, for servers that read it from the file.
         name: of the model, for its reader.
+        report: called with the name of each stage as it begins.
 
     Raises:
         ConfigError: an unknown type, or a shape that llama.cpp does not take.
         CheckpointError: the tensors do not fit the config.
         TokenizerError: a tokenizer that llama.cpp would split in another way.
+        VerificationError: a weight is further from what was asked for than the type's rounding, as one beyond the
+            range of F16 is.
         MissingExtraError: the package `gguf` is not installed.
     """
-    gguf = _gguf()
+    say = report or (lambda _: None)
     if kind not in GGUF_TYPES:
         raise ConfigError(f"GGUF type: expected one of {', '.join(GGUF_TYPES)}, found {kind!r}")
+    gguf = _gguf()
     check_tensors(config, tensors)
-    _check_fits_llama_cpp(config)
+    check_fits_llama_cpp(config)
     table = None if tokenizer is None else token_table(tokenizer, config)
     with atomic_file(path) as aside:
+        say(f"writing {kind}")
         writer = gguf.GGUFWriter(aside, "mamba")
         _add_metadata(writer, gguf, config, kind, name)
         _add_tokenizer(writer, config, table)
+        if chat_template is not None:
+            writer.add_chat_template(chat_template)
         for tensor_name, values, dtype in gguf_tensors(config, tensors, kind):
             writer.add_tensor(tensor_name, values, raw_dtype=dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        del writer  # and the tensors in it
+        say("verifying what was written")
+        require_faithful(aside, config, tensors, str(path))
+
+
+def gguf_type_named(name: str) -> str:
+    """One of `GGUF_TYPES`, given in any case.
+
+    Raises:
+        ConfigError: there is no such type.
+        MissingExtraError: the package `gguf` is not installed.
+    """
+    if name.upper() not in GGUF_TYPES:
+        raise ConfigError(f"GGUF type: expected one of {', '.join(GGUF_TYPES)}, found {name!r}")
+    _gguf()
+    return name.upper()
 
 
 def gguf_tensors(config: MambaConfig, tensors: Mapping[str, Tensor], kind: str) -> Iterator[tuple[str, Array, Any]]:
@@ -107,7 +135,9 @@ def gguf_tensors(config: MambaConfig, tensors: Mapping[str, Tensor], kind: str) 
         dtype = gguf.GGMLQuantizationType[kind if is_matrix else "F32"]
         if values.shape[-1] % gguf.GGML_QUANT_SIZES[dtype][0] != 0:
             dtype = gguf.GGMLQuantizationType.F16
-        yield new_name, quantize(values.contiguous().numpy(), dtype), dtype
+        with np.errstate(over="ignore"):  # what overflows is found when the file is read back
+            stored = quantize(values.contiguous().numpy(), dtype)
+        yield new_name, stored, dtype
 
 
 def main(argv: list[str]) -> int:
@@ -120,13 +150,14 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("--type", default="q8_0", help=f"{', '.join(GGUF_TYPES).lower()} (%(default)s)")
     options = arguments.parse_args(argv)
     checkpoint = _load_plain(options.source)
-    kind = options.type.upper()
+    kind = gguf_type_named(options.type)
     write_gguf(
         options.out,
         checkpoint.config,
         checkpoint.tensors,
         kind=kind,
         tokenizer=checkpoint.tokenizer,
+        chat_template=chat_template_of(checkpoint.folder),
         name=checkpoint.folder.name,
     )
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {kind}")
@@ -157,8 +188,12 @@ def _gguf() -> ModuleType:
     return gguf
 
 
-def _check_fits_llama_cpp(config: MambaConfig) -> None:
-    """What `src/models/mamba.cpp` requires."""
+def check_fits_llama_cpp(config: MambaConfig) -> None:
+    """What `src/models/mamba.cpp` requires: it has "only an expansion factor of 2", and one state size.
+
+    Raises:
+        ConfigError: names the layer and the width.
+    """
     if config.use_bias:
         raise ConfigError("GGUF: llama.cpp's mamba has no biases on in_proj and out_proj, found use_bias true")
     for layer, (inner, n_state) in enumerate(zip(config.d_inner, config.d_state, strict=True)):
@@ -213,7 +248,7 @@ def _add_tokenizer(writer: Any, config: MambaConfig, table: TokenTable | None) -
     writer.add_token_types(table.types)
     writer.add_token_merges(table.merges)
     writer.add_add_bos_token(False)
-    ids = {"bos": config.bos_token_id, "eos": table.eos_id, "pad": config.pad_token_id}
+    ids = {"bos": config.bos_token_id, "eos": table.eos_id, "eot": table.eot_id, "pad": config.pad_token_id}
     for role, token_id in ids.items():
         if token_id is not None:
             getattr(writer, f"add_{role}_token_id")(token_id)

@@ -22,10 +22,10 @@ from yunmin.errors import ConfigError, MissingExtraError, TokenizerError
 from yunmin.model import MambaLM
 from yunmin.tokenizer import Tokenizer
 
-BLOCK = {"F32": 1, "Q8_0": 32, "Q4_0": 32}
+BLOCK = {"F32": 1, "F16": 1, "Q8_0": 32, "Q4_0": 32}
 # of the largest weight in a block: half a step of 127 (Q8_0), a whole one of 8 (Q4_0, which has fewer
 # positive steps than negative ones), and the rounding of the scale to F16
-ERROR = {"F32": 0.0, "Q8_0": 0.5 / 127 + 2**-11, "Q4_0": 1 / 8 + 2**-11}
+ERROR = {"F32": 0.0, "F16": 2**-11, "Q8_0": 0.5 / 127 + 2**-11, "Q4_0": 1 / 8 + 2**-11}
 
 
 def config_for_llama(**options: Any) -> MambaConfig:
@@ -169,7 +169,7 @@ def test_what_llama_cpp_cannot_express_is_refused_and_writes_nothing(
 
 def test_unknown_type_is_refused() -> None:
     config = config_for_llama()
-    with pytest.raises(ConfigError, match="expected one of F32, Q8_0, Q4_0, found 'Q5_K'"):
+    with pytest.raises(ConfigError, match="expected one of F32, F16, Q8_0, Q4_0, found 'Q5_K'"):
         write_gguf("never.gguf", config, random_tensors(config), kind="Q5_K")
 
 
