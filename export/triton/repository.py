@@ -1,0 +1,168 @@
+"""Writing a model repository: a model that streams text, and the graph with its state kept by the server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.triton.config_pbtxt import onnx_config, stacked_states, text_config
+from yunmin.artifact import load_artifact
+from yunmin.checkpoint import Checkpoint
+from yunmin.config import MambaConfig
+from yunmin.errors import ArtifactError, ConfigError, MissingExtraError
+from yunmin.files import atomic_folder
+from yunmin.language_model import load
+from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, Flavour, GraphFacts, Precision
+from yunmin.state import MambaState
+from yunmin.triton_contract import ARTIFACT_FOLDER, INITIAL_STATES
+
+ONNX_SUFFIX = "_onnx"
+SLOTS = 8
+MAX_SEQUENCES = 64
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_MODEL_PY = '''"""Run by Triton's python backend, in whose environment yunmin must be installed."""
+
+from serving.triton.python_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def check_repository(repo: Path, *, name: str = "mamba", states: Sequence[str] = (), force: bool = False) -> None:
+    """Looks before any work whether a repository may be written there.
+
+    Raises:
+        ConfigError: a name cannot be a model's.
+        ArtifactError: something is there and `force` is off, or it is no repository of these models, which `force`
+            never replaces.
+    """
+    for given in (name, *states):
+        if not _NAME.fullmatch(given):
+            raise ConfigError(f"Triton model name {given!r}: expected up to 64 letters, digits, '_', '-' and '.'")
+    if repo.is_symlink() or (repo.exists() and not repo.is_dir()):
+        raise ArtifactError(f"{repo}: expected a folder to write, found a file or a link")
+    if not repo.exists() or not (found := sorted(path.name for path in repo.iterdir())):
+        return
+    if not force:
+        raise ArtifactError(f"{repo}: exists already; --force replaces a repository")
+    ours = {name, name + ONNX_SUFFIX}
+    strange = [entry for entry in found if entry not in ours and not entry.startswith(f"{name}{ONNX_SUFFIX}_")]
+    if strange or not (repo / name / "1" / ARTIFACT_FOLDER).is_dir():
+        what = f"{strange[0]!r}" if strange else f"no model {name!r} of ours"
+        raise ArtifactError(f"{repo}: holds {what}; --force replaces only a repository written by this command")
+
+
+def write_repository(
+    repo: Path,
+    artifact: Path,
+    *,
+    name: str = "mamba",
+    initial_states: Mapping[str, Path] | None = None,
+    force: bool = False,
+) -> None:
+    """Writes a repository of two models, and of one more for each saved state; whole or not at all.
+
+    `NAME` streams text and holds a copy of the artifact. `NAME_onnx` is the graph with stacked states, in the precision
+    and flavour of the artifact's own graph where it has one, else that of its weights; the server keeps the states
+    of its sequences, which begin at zero. `NAME_onnx_STATE` is the same graph, whose sequences go on from a saved state.
+
+    Args:
+        repo: folder to write.
+        artifact: a finished artifact folder.
+        name: of the models.
+        initial_states: files of `yunmin state build`, by name.
+        force: whether a repository of these models that is there gives way.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or the repository cannot be written.
+        ConfigError: a name cannot be a model's.
+        StateError: a saved state is damaged or another model's.
+        MissingExtraError: onnx is not installed.
+    """
+    states = dict(initial_states or {})
+    check_repository(repo, name=name, states=tuple(states), force=force)
+    checkpoint, _ = load_artifact(artifact)
+    model = load(artifact, device="cpu", runtime="torch") if states else None  # has the fingerprint of its states
+    snapshots = {} if model is None else {key: model.load_state(path) for key, path in states.items()}
+    flavour, precision = _graph_kind(artifact, checkpoint)
+    graph_name = name + ONNX_SUFFIX
+    try:
+        with atomic_folder(repo, replace=force) as folder:
+            _write_text_model(folder / name, name, artifact)
+            graph = folder / graph_name / "1" / GRAPH_FILE
+            graph.parent.mkdir(parents=True)
+            _write_graph(graph, checkpoint, flavour, precision)
+            _write_config(folder / graph_name, onnx_config(graph_name, checkpoint.config, max_sequences=MAX_SEQUENCES))
+            for key, snapshot in snapshots.items():
+                own = folder / f"{graph_name}_{key}"
+                _link_folder(graph.parent, own / "1")
+                _write_state_model(own, checkpoint.config, snapshot.state)
+    except OSError as error:
+        raise ArtifactError(f"{repo}: cannot be written: {error.strerror or error}") from None
+
+
+def stack(state: MambaState) -> tuple[Tensor, Tensor]:
+    """States as a graph with stacked states takes them: (B, sum of D * (K-1)) and (B, sum of N * D)."""
+    conv = torch.cat([t.flatten(1) for t in state.conv], dim=1)
+    recurrent = torch.cat([t.transpose(1, 2).flatten(1) for t in state.ssm], dim=1)  # (B, D, N) -> (B, N * D)
+    return conv.float(), recurrent.float()
+
+
+def _write_text_model(folder: Path, name: str, artifact: Path) -> None:
+    version = folder / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(_MODEL_PY, encoding="utf-8")
+    shutil.copytree(artifact, version / ARTIFACT_FOLDER)
+    _write_config(folder, text_config(name, {"slots": str(SLOTS), "runtime": "auto"}))
+
+
+def _write_state_model(folder: Path, config: MambaConfig, state: MambaState) -> None:
+    """What a model with an initial state has beside its graph."""
+    files = {}
+    (folder / INITIAL_STATES).mkdir()
+    for kind, values in zip(stacked_states(config), stack(state), strict=True):
+        files[kind.past] = f"{kind.past}.bin"
+        (folder / INITIAL_STATES / files[kind.past]).write_bytes(values.contiguous().numpy().astype("<f4").tobytes())
+    text = onnx_config(folder.name, config, max_sequences=MAX_SEQUENCES, initial_files=files)
+    _write_config(folder, text)
+
+
+def _write_config(folder: Path, text: str) -> None:
+    (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+def _write_graph(path: Path, checkpoint: Checkpoint, flavour: Flavour, precision: Precision) -> None:
+    from export.onnx_graph.emit import GraphOptions, write_graph
+
+    write_graph(path, checkpoint, GraphOptions(flavour=flavour, precision=precision, states="stacked"))
+
+
+def _graph_kind(artifact: Path, checkpoint: Checkpoint) -> tuple[Flavour, Precision]:
+    """Flavour and precision of the artifact's graph; where it has none, those that its weights ask for."""
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        raise MissingExtraError("onnx", "onnx", "a Triton repository") from None
+    path = artifact / GRAPH_FOLDER / GRAPH_FILE
+    if not path.is_file():
+        stored = checkpoint.quantization.format
+        return "ort", "fp32" if stored == "none" else stored
+    model = onnx.load(path, load_external_data=False)
+    facts = GraphFacts.from_metadata({entry.key: entry.value for entry in model.metadata_props}, where=str(path))
+    return facts.flavour, facts.precision
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """The same files once more: links where the file system has them, so that large graphs are stored once."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copy2(path, target / path.name)

@@ -1,0 +1,51 @@
+"""How a model is asked and how it answers under Triton: names of tensors, files and settings.
+
+`export.triton` writes them into model repositories, `serving.triton` answers and asks by them. Text, `stream` and
+`sampling_parameters` are named as in Triton's own backends for language models, whose clients thus work here.
+"""
+
+from __future__ import annotations
+
+TEXT_INPUT = "text_input"  # BYTES [1]: the prompt
+IDS_INPUT = "input_ids"  # INT64 [n]: the prompt as token ids, in place of text
+STREAM_INPUT = "stream"  # BOOL [1]: whether every token is a response, or all of them are one
+SAMPLING_INPUT = "sampling_parameters"  # BYTES [1]: a JSON object of fields of `yunmin.sampling.SamplingParams`
+
+TEXT_OUTPUT = "text_output"  # BYTES [1]: text that became certain
+IDS_OUTPUT = "token_ids"  # INT64 [n]: ids of the tokens behind it, none or one where every token is a response
+REASON_OUTPUT = "finish_reason"  # BYTES [1]: "stop" or "length" in the last response, else empty
+
+# fields of `SamplingParams` that a request may set, in `sampling_parameters` or as request parameters
+SAMPLING_FIELDS = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+)
+
+# settings of `serving.settings.Settings` that `parameters` in config.pbtxt may give
+SETTINGS = (
+    "runtime",
+    "threads",
+    "slots",
+    "queue",
+    "prefill_chunk",
+    "decode_stall",
+    "cache_bytes",
+    "cache_interval",
+    "max_prompt_tokens",
+    "max_tokens",
+    "deadline_s",
+)
+
+ARTIFACT_FOLDER = "artifact"  # beside model.py
+INITIAL_STATES = "initial_state"  # where Triton looks for the files that `initial_state` names
