@@ -1,8 +1,7 @@
-"""GGUF files: read back with the `gguf` package, and computed with by llama.cpp where it is installed."""
+"""GGUF files: read back with the `gguf` package."""
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from tests.quantization.fixtures import write_quantized
 from yunmin.cli import run
 from yunmin.config import MambaConfig
 from yunmin.errors import ConfigError, MissingExtraError, TokenizerError
-from yunmin.model import MambaLM
 from yunmin.tokenizer import Tokenizer
 
 BLOCK = {"F32": 1, "F16": 1, "Q8_0": 32, "Q4_0": 32}
@@ -199,47 +197,3 @@ def test_command_refuses_weights_that_are_integers_already(tmp_path: Path, capsy
     assert run(main, [str(source), str(tmp_path / "model.gguf")]) == 1
     assert "expected float32 weights, found int8 ones" in capsys.readouterr().err
     assert not (tmp_path / "model.gguf").exists()
-
-
-@pytest.mark.parametrize("kind", GGUF_TYPES)
-def test_llama_cpp_computes_the_same_logits(tmp_path: Path, kind: str) -> None:
-    """Against the model with the weights as the file holds them; Q8_0 and Q4_0 round activations, too."""
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'yunmin[peers]'")
-    from benchmarks.adapters.contract import Setup
-    from benchmarks.adapters.llama_engine import LlamaEngine
-
-    config = config_for_llama(tie_word_embeddings=False)
-    tensors = random_tensors(config)
-    write_gguf(tmp_path / "model.gguf", config, tensors, kind=kind)
-    stored = read_back(tmp_path / "model.gguf")
-    names = {id(tensor): name for name, tensor in expected_tensors(tensors).items()}
-    rounded = {name: stored[names[id(t)]][1] if id(t) in names else t for name, t in tensors.items()}
-    token_ids = [3, 250, 7, 7, 319, 0, 42]
-    with torch.inference_mode():
-        expected = MambaLM.from_tensors(config, rounded)(torch.tensor([token_ids]))[0, -1]
-    engine = LlamaEngine(Setup(str(tmp_path / "model.gguf"), 1, {}))
-    engine.load()
-    engine.start(1)
-    engine.read(token_ids[:4])
-    for token_id in token_ids[4:]:
-        engine.step([token_id])
-    error = (torch.tensor(engine.logits()) - expected).abs().max() / expected.abs().max()
-    assert error < {"F32": 1e-4, "Q8_0": 0.03, "Q4_0": 0.03}[kind]
-
-
-def test_llama_cpp_splits_text_as_we_do(tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python is not installed: pip install 'yunmin[peers]'"
-    )
-    tokenizer = Tokenizer.train([TEXT], 310)
-    config = config_for_llama()
-    write_gguf(tmp_path / "model.gguf", config, random_tensors(config), tokenizer=tokenizer)
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(tmp_path / "model.gguf").encode(), params)
-    text = "Grüße, the 12 quick\n\n  foxes' jumps;\ttheir lazy dogs… 速い"
-    buffer = (ctypes.c_int32 * 200)()
-    vocab = llama_cpp.llama_model_get_vocab(model)
-    encoded = text.encode()
-    count = llama_cpp.llama_tokenize(vocab, encoded, len(encoded), buffer, 200, False, False)
-    assert list(buffer[:count]) == tokenizer.encode(text)

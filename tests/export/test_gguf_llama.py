@@ -1,0 +1,108 @@
+"""GGUF files in llama.cpp: the same logits, the same greedy tokens, the same splitting of text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from export.formats import write_format
+from export.gguf import GGUF_TYPES, write_gguf
+from export.gguf_readback import checkpoint_tensors
+from tests.export.fixtures import TEXT
+from tests.models import random_tensors
+from yunmin.checkpoint import load_checkpoint, write_checkpoint
+from yunmin.config import MambaConfig
+from yunmin.model import MambaLM
+from yunmin.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = Path(__file__).with_name("llama_child.py")
+PEERS = ROOT / ".venv-peers/common/bin/python"  # where `yunmin bench compare` has llama-cpp-python installed
+PROMPT = [3, 250, 7, 7, 319, 0, 42]
+GREEDY = 40
+SAME = 1e-4  # of the largest logit
+
+
+def config_for_llama(**options: Any) -> MambaConfig:
+    values: dict[str, Any] = {"vocab_size": 320, "d_model": 32, "n_layers": 2, "d_state": 16, "dt_rank": 3}
+    return MambaConfig.create(**values | options)
+
+
+@cache
+def python_with_llama_cpp() -> str:
+    """This interpreter, or the peers' one; skips where neither has the package."""
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return sys.executable
+    if PEERS.is_file() and subprocess.run([PEERS, "-c", "import llama_cpp"], capture_output=True).returncode == 0:
+        return str(PEERS)
+    pytest.skip("llama-cpp-python is not installed: pip install 'yunmin[peers]'")
+
+
+def in_llama_cpp(file: Path, *, text: str = "", prompt: list[int] | None = None, greedy: int = 0) -> dict[str, Any]:
+    """Runs `llama_child.py`: logits after the prompt, greedy ids, ids of the text."""
+    task = {"file": str(file), "text": text, "prompt": prompt or [], "greedy": greedy}
+    done = subprocess.run(
+        [python_with_llama_cpp(), CHILD],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+@torch.inference_mode()
+def logits_of(config: MambaConfig, tensors: dict[str, Tensor], ids: list[int]) -> Tensor:
+    return torch.as_tensor(MambaLM.from_tensors(config, tensors)(torch.tensor([ids]))[0])
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+@pytest.mark.parametrize("n_state", [16, 5])
+def test_llama_cpp_computes_the_logits_of_the_weights_in_the_file(tmp_path: Path, kind: str, n_state: int) -> None:
+    """llama.cpp rounds activations to the matrices' type, too: to F16, and to Q8_0 for both Q8_0 and Q4_0.
+
+    Over 16 such models that cost at most 0.0017 for F16, and 0.010 to 0.053 for Q8_0 and Q4_0 alike.
+    """
+    config = config_for_llama(tie_word_embeddings=False, d_state=n_state)
+    write_gguf(tmp_path / "model.gguf", config, random_tensors(config), kind=kind)
+    found = torch.tensor(in_llama_cpp(tmp_path / "model.gguf", prompt=PROMPT)["logits"])
+    expected = logits_of(config, checkpoint_tensors(tmp_path / "model.gguf"), PROMPT)[-1]
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < {"F32": SAME, "F16": 5e-3, "Q8_0": 0.08, "Q4_0": 0.08}[kind]
+
+
+@pytest.mark.parametrize(("tied", "n_state"), [(True, 16), (False, 5)])
+def test_llama_cpp_generates_the_same_greedy_tokens_from_f32(tmp_path: Path, tied: bool, n_state: int) -> None:
+    """The states are narrower than they were trained in one case: llama.cpp takes any width that all layers share."""
+    config = config_for_llama(tie_word_embeddings=tied, d_state=n_state)
+    (tmp_path / "source").mkdir()
+    write_checkpoint(tmp_path / "source", config, random_tensors(config))
+    checkpoint = load_checkpoint(tmp_path / "source")
+    write_format("gguf", tmp_path / "model.gguf", checkpoint, gguf_type="f32")
+    found = in_llama_cpp(tmp_path / "model.gguf", prompt=PROMPT, greedy=GREEDY)["greedy"]
+    assert len(found) == GREEDY
+    assert len(set(found)) > GREEDY // 4  # no loop that any model would fall into
+    rows = logits_of(config, checkpoint.tensors, PROMPT + found)[len(PROMPT) - 1 : -1]
+    for token_id, row in zip(found, rows, strict=True):
+        assert row.max() - row[token_id] <= SAME * row.abs().max()
+
+
+def test_llama_cpp_splits_text_as_we_do(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train([TEXT], 310)
+    config = config_for_llama()
+    write_gguf(tmp_path / "model.gguf", config, random_tensors(config), tokenizer=tokenizer)
+    text = "Grüße, the 12 quick\n\n  foxes' jumps;\ttheir lazy dogs… 速い"
+    assert in_llama_cpp(tmp_path / "model.gguf", text=text)["ids"] == tokenizer.encode(text)
