@@ -70,7 +70,8 @@ def write_repository(
 
     `NAME` streams text and holds a copy of the artifact. `NAME_onnx` is the graph with stacked states, in the precision
     and flavour of the artifact's own graph where it has one, else that of its weights; the server keeps the states
-    of its sequences, which begin at zero. `NAME_onnx_STATE` is the same graph, whose sequences go on from a saved state.
+    of its sequences, which begin at zero. `NAME_onnx_STATE` is the same graph, whose sequences go on from a saved
+    state.
 
     Args:
         repo: folder to write.

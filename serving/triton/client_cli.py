@@ -42,7 +42,9 @@ def main(argv: list[str]) -> int:
     sampling |= {name: value for name, value in given.items() if value is not None}
     prompt_given = _prompt(options.prompt, options.prompt_file, options.token_ids)
     answers = ask(options.url, options.model, prompt_given, sampling, timeout_s=options.timeout_s)
-    texts, token_ids, finish_reason = [], [], None
+    texts: list[str] = []
+    token_ids: list[int] = []
+    finish_reason: str | None = None
     for answer in answers:
         texts.append(answer.text)
         token_ids.extend(answer.token_ids)
