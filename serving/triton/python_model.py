@@ -145,7 +145,7 @@ class TritonPythonModel:
         flags = backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
         sender.send(backend.InferenceResponse(output_tensors=tensors), flags=flags)
 
-    def _fail(self, sender: Any, message: str, code: int) -> None:
+    def _fail(self, sender: Any, message: str, code: Any) -> None:
         backend = self._backend
         response = backend.InferenceResponse(output_tensors=[], error=backend.TritonError(message, code))
         try:
@@ -197,11 +197,11 @@ async def _leave_with(sender: Any, stream: TokenStream) -> None:
     stream.cancel()
 
 
-def _code(codes: Any, error: YunminError) -> int:
+def _code(codes: Any, error: YunminError) -> Any:
     if isinstance(error, RequestError | TokenizerError):
-        return int(codes.INVALID_ARG)
+        return codes.INVALID_ARG
     if isinstance(error, QueueFullError | EngineStoppedError):
-        return int(codes.UNAVAILABLE)
+        return codes.UNAVAILABLE
     if isinstance(error, DeadlineError):
-        return int(codes.CANCELLED)
-    return int(codes.INTERNAL)
+        return codes.CANCELLED
+    return codes.INTERNAL
