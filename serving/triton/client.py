@@ -73,8 +73,8 @@ def ask(
     parts = urlsplit(url)
     try:
         has_port = parts.port is not None
-    except ValueError:
-        has_port = False
+    except ValueError as error:
+        raise ConfigError(f"URL {url!r}: expected a port, {error}") from None
     if parts.scheme not in ("grpc", "grpcs", "http", "https") or not parts.hostname:
         raise ConfigError(f"URL {url!r}: expected grpc://HOST:PORT or http://HOST:PORT")
     if parts.scheme.startswith("grpc"):
@@ -125,9 +125,9 @@ def _answer_of_event(url: str, model: str, data: bytes) -> Answer:
 
 
 def _message(data: bytes, otherwise: str) -> str:
-    """What Triton says in an error's body."""
+    """What Triton says in an error's body, which `generate_stream` sends as an event."""
     try:
-        return str(json.loads(data)["error"])
+        return str(json.loads(data.strip().removeprefix(b"data:"))["error"])
     except (ValueError, KeyError, TypeError):
         return otherwise
 

@@ -1,0 +1,128 @@
+"""A real Triton server with its python backend, as the package nvidia-pytriton brings it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VENV = ROOT / ".venv-peers" / "triton"
+# the server's stub was built against numpy 1
+PACKAGES = (
+    "nvidia-pytriton==0.7.0",
+    "numpy<2",
+    "huggingface-hub",
+    "llguidance",
+    "numba",
+    "prometheus-client",
+    "pydantic",
+    "safetensors",
+    "tokenizers",
+    "torch",
+)
+_PINNED = {"huggingface_hub", "llguidance", "llvmlite", "numba", "pydantic", "pydantic_core", "safetensors"}
+_PINNED |= {"tokenizers", "torch"}
+_BUILD_S = 300
+_START_S = 90.0
+
+
+@dataclass(frozen=True)
+class TritonServer:
+    """Where a server listens."""
+
+    grpc: str
+    http: str
+
+
+def triton_site() -> Path:
+    """The packages of the server's environment, made where it is not there yet (40 s); skips where it cannot be."""
+    site = VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    stamp = VENV / ".installed"
+    if not stamp.is_file():
+        pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("==")[0] in _PINNED]
+        commands = [
+            [sys.executable, "-m", "venv", str(VENV)],
+            [str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", *PACKAGES, *pins],
+        ]
+        try:
+            for command in commands:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_S)
+        except (subprocess.SubprocessError, OSError) as error:
+            last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            pytest.skip(f"no environment for Triton's server can be made here: {last}")
+        stamp.touch()
+    return site
+
+
+@contextlib.contextmanager
+def triton_server(repository: Path, model: str, scratch: Path) -> Iterator[TritonServer]:
+    """Serves one model of a repository while the block runs."""
+    site = triton_site()
+    home = site / "pytriton" / "tritonserver"
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    backend = shutil.copytree(home / "backends" / "python", scratch / "backends" / "python")
+    shutil.copy2(home / "python_backend_stubs" / version / "triton_python_backend_stub", backend)
+    grpc_port, http_port = free_ports(2)
+    libraries = [site / "nvidia_pytriton.libs", home / "external_libs", sysconfig.get_config_var("LIBDIR")]
+    environment = {
+        **os.environ,
+        "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{site}",
+        "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries)),
+    }
+    command = [
+        str(home / "bin" / "tritonserver"),
+        f"--model-repository={repository}",
+        f"--backend-directory={scratch / 'backends'}",
+        "--model-control-mode=explicit",
+        f"--load-model={model}",
+        f"--grpc-port={grpc_port}",
+        f"--http-port={http_port}",
+        "--grpc-address=127.0.0.1",
+        "--http-address=127.0.0.1",
+        "--allow-metrics=false",
+        "--disable-auto-complete-config",
+        "--exit-timeout-secs=5",
+    ]
+    log = scratch / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            server = TritonServer(f"grpc://127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}")
+            _wait(process, server, log)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
+def _wait(process: subprocess.Popen[bytes], server: TritonServer, log: Path) -> None:
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.http}/v2/health/ready", timeout=5):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
