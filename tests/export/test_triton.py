@@ -34,7 +34,7 @@ def repository(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -
 
 def parsed(folder: Path) -> Any:
     """A config.pbtxt, by the schema that Triton has."""
-    from google.protobuf import text_format
+    from google.protobuf import text_format  # type: ignore[import-untyped]
     from tritonclient.grpc import model_config_pb2
 
     return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())

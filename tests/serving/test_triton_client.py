@@ -153,7 +153,7 @@ def test_a_request_needs_one_prompt_and_names_each_field_once() -> None:
     def read(parameters: str = "", **values: list[object]) -> object:
         return read_request(values.get, parameters, settings)
 
-    for parameters, values, message in [
+    cases: list[tuple[str, dict[str, list[object]], str]] = [
         ("", {}, "text_input: is missing"),
         ("", {"text_input": [b"x"], "input_ids": [1]}, "not both"),
         ("", {"text_input": [b"\xff"]}, "must be UTF-8"),
@@ -161,7 +161,8 @@ def test_a_request_needs_one_prompt_and_names_each_field_once() -> None:
         ("", {"input_ids": [1, 2, 3, 4]}, "at most 3 tokens"),
         ("", {"text_input": [b"x"], "sampling_parameters": [b"[1]"]}, "must be a JSON object"),
         ('{"seed": 1}', {"text_input": [b"x"], "sampling_parameters": [b'{"seed": 1}']}, "seed: is given twice"),
-    ]:
+    ]
+    for parameters, values, message in cases:
         with pytest.raises(RequestError, match=message):
             read(parameters, **values)
 
