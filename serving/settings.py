@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from serving.bento_model import SCHEME, own_artifact, stored_artifact
 from yunmin.errors import ConfigError
 
 PREFIX = "YUNMIN_"
@@ -23,7 +24,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    artifact: str = Field("", description="artifact, run folder or checkpoint to serve")
+    artifact: str = Field("", description="artifact, run folder or checkpoint to serve, or bentoml:NAME[:VERSION]")
     model_name: str = Field("", description="name that requests give as `model` (default: the folder's name)")
     device: str = Field("auto", description="torch device; auto takes CUDA where there is one, else the CPU")
     runtime: Literal["auto", "native", "torch"] = Field("auto", description="native runs on CPUs only; auto prefers it")
@@ -104,11 +105,18 @@ def variables() -> list[Variable]:
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Settings from the environment; an unset or empty variable means the default.
 
+    A bento serves what it was built with, unless told otherwise. A model of BentoML's store is served by its name.
+
     Raises:
-        ConfigError: a value is impossible; names the variable.
+        ConfigError: a value is impossible, or the store has no such model; names the variable or the model.
     """
     environ = os.environ if environ is None else environ
     given = {v.field: environ[v.name] for v in variables() if environ.get(v.name)}
+    artifact = given.get("artifact") or own_artifact()
+    if artifact.startswith(SCHEME):
+        artifact, name = stored_artifact(artifact.removeprefix(SCHEME))
+        given.setdefault("model_name", name)
+    given["artifact"] = artifact
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
