@@ -4,8 +4,8 @@
 
 GenAI 0.18 carries recurrent states under the names that our graphs have. It reads the logits of the last position only,
 where a graph declares one position; and it samples any id that there is a logit for, so that padding of the vocabulary
-is cut off. It makes the states of all layers after the first one's, so that layers of unequal widths are refused; and it
-pads prompts of unequal lengths, which a recurrent state does not forget: give the prompts of a batch equal lengths.
+is cut off. It makes the states of all layers after the first one's, so that layers of unequal widths are refused. And
+it pads prompts of unequal lengths, which a recurrent state does not forget: give the prompts of a batch equal lengths.
 """
 
 from __future__ import annotations
