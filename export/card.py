@@ -28,6 +28,9 @@ _CLAIMS = {
     "layers": "the runtime on the integers of one layer at a time against plain torch, the worst",
     "quantized": "the runtime on its integers against plain torch on them",
     "cut": "its weights against the model that was cut further, fp64",
+    "onnx": "the ONNX graph in onnxruntime against plain torch on its weights",
+    "onnx_steps": "its single steps, in a batch, likewise",
+    "onnx_int8_activations": "the ONNX graph with its activations rounded to int8 likewise",
 }
 _EXACT_PART = {  # where the artifact itself is not exact any more
     "float32": "the weights before they were changed further against the trained model, fp32",
@@ -103,7 +106,7 @@ def model_card(
         if is_untied
         else ""
     )
-    terms += _search_section(provenance, perplexity)
+    terms += _search_section(provenance, perplexity) + _graph_section(provenance)
     notes = untied + ("" if quantization == "none" else f"\n{_STORED[quantization]}")
     return f"""---
 library_name: {"transformers" if is_for_transformers else "yunmin"}
@@ -159,6 +162,22 @@ def _search_section(provenance: Mapping[str, Any], perplexity: Mapping[str, Perp
             f"that training had not closed, ranked by {cut['ranked_by']} on {cut['ranked_on']['source']}."
         )
     return text
+
+
+def _graph_section(provenance: Mapping[str, Any]) -> str:
+    """What ONNX graph lies beside the weights."""
+    if "onnx" not in provenance:
+        return ""
+    graph = provenance["onnx"]
+    domains = {
+        "ort": "operators of ONNX Runtime (`com.microsoft`) among them",
+        "portable": "standard operators only",
+    }
+    return (
+        f"\n\n## ONNX\n\n`{graph['file']}` computes the same from any batch and any number of tokens, states "
+        f"going in and out: weights in {graph['precision']}, {graph['bytes']:,} bytes, opset {graph['opset']}, "
+        f"{domains[graph['flavour']]}."
+    )
 
 
 def _widths(what: str, widths: tuple[int, ...]) -> str:

@@ -13,6 +13,7 @@ from export.adapter import Adapter, read_adapter, refuse_other_base, refuse_over
 from export.fold import fold_gates, surviving_channels, surviving_states, take_survivors
 from export.merge import apply_masks, merge_adapter
 from yunmin.artifact import is_artifact, read_manifest
+from yunmin.axes import layer_prefix
 from yunmin.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.model import MambaLM
@@ -85,15 +86,18 @@ def compact_model(source: Source, dtype: torch.dtype = torch.float64) -> Compact
     """Runs every stage on a source's tensors.
 
     Args:
-        source: not modified.
-        dtype: to compute in; the result has it, too.
+        source: not modified; tensors that no stage changes are the very same afterwards.
+        dtype: to compute in. Tensors that are computed have it, those that are only cut and ordered stay float32.
 
     Raises:
         CheckpointError: a layer would lose every channel or state, or a gate is not finite.
     """
     config = source.checkpoint.config
     channels, states = surviving_channels(source.pillars), surviving_states(source.pillars)
-    tensors = {name: tensor.to(dtype) for name, tensor in source.checkpoint.tensors.items()}
+    computed = _computed_names(source)
+    tensors = {
+        name: tensor.to(dtype) if name in computed else tensor for name, tensor in source.checkpoint.tensors.items()
+    }
     config, tensors = apply_masks(config, tensors, source.pillars.weight_masks)
     for adapter in source.adapters.values():
         config, tensors = merge_adapter(config, tensors, adapter)
@@ -102,7 +106,27 @@ def compact_model(source: Source, dtype: torch.dtype = torch.float64) -> Compact
     return Compact(config, tensors, channels, torch.arange(config.d_model))
 
 
+def compact_config(source: Source) -> MambaConfig:
+    """The widths that cutting will leave, known before any work."""
+    return source.checkpoint.config.with_widths(
+        d_inner=tuple(kept.numel() for kept in surviving_channels(source.pillars)),
+        d_state=tuple(kept.numel() for kept in surviving_states(source.pillars)),
+    )
+
+
 def trained_model(source: Source) -> MambaLM:
-    """The model as it was trained, gates and adapters in place."""
+    """The model as it was trained, gates and adapters in place, on the source's own memory."""
     folders = {name: adapter.folder for name, adapter in source.adapters.items()}
-    return build_trained(source.checkpoint, source.pillars, folders)
+    return build_trained(source.checkpoint, source.pillars, folders, shares_memory=True)
+
+
+def _computed_names(source: Source) -> set[str]:
+    """The tensors that merging and folding do arithmetic on; in the others a float32 value is exact."""
+    names = {
+        f"{module}.{kind}" for a in source.adapters.values() for module in a.updates for kind in ("weight", "bias")
+    }
+    pillars = source.pillars
+    for layer, gates in enumerate(zip(pillars.channel_gates, pillars.state_gates, strict=True)):
+        if not all(bool((gate == 1).all()) for gate in gates):
+            names |= {f"{layer_prefix(layer)}mixer.{projection}.weight" for projection in ("x_proj", "out_proj")}
+    return names

@@ -36,6 +36,8 @@ def fold_gates(
         x_proj, out_proj = folded[f"{prefix}x_proj.weight"], folded[f"{prefix}out_proj.weight"]
         channels = _finite_gate(pillars.channel_gates[layer], layer, "channel").to(x_proj.dtype)  # (D,)
         states = _finite_gate(pillars.state_gates[layer], layer, "state").to(x_proj.dtype)  # (N,)
+        if bool((channels == 1).all()) and bool((states == 1).all()):
+            continue
         of_rows = torch.cat([states.new_ones(config.dt_rank), states, torch.ones_like(states)])  # (R+2N,)
         folded[f"{prefix}x_proj.weight"] = of_rows[:, None] * x_proj * channels  # (R+2N, D)
         folded[f"{prefix}out_proj.weight"] = out_proj * channels  # (d, D)
@@ -80,8 +82,10 @@ def take_survivors(
     """
     taken = dict(tensors)
     for layer in range(config.n_layers):
-        config, taken = take(config, taken, "inner", channels[layer], layer)
-        config, taken = take(config, taken, "state", states[layer], layer)
+        if not torch.equal(channels[layer], torch.arange(config.d_inner[layer])):
+            config, taken = take(config, taken, "inner", channels[layer], layer)
+        if not torch.equal(states[layer], torch.arange(config.d_state[layer])):
+            config, taken = take(config, taken, "state", states[layer], layer)
     return config, taken
 
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from export.change import changed
-from export.compact import Compact, Source, compact_model, read_source, trained_model
+from export.compact import Source, read_source
 from export.curve_plot import CURVE_FILE, can_plot, plot_curve
+from export.exact import Expected, exact_export, expected_of_cut, verify_float32
 from export.options import EXACT, Options
-from export.order import reordered
 from export.provenance import provenance_of
 from export.quality import measure
 from export.texts import Texts, read_texts
-from export.verify import Probe, logits_as_batch, logits_by_steps, logits_one_by_one, make_probe, require_parity
+from export.verify import Probe, make_probe
 from export.verify_quantized import verify_quantized
-from export.write import Proof, check_destination, write_artifact
+from export.write import Proof, artifact_folder, check_destination, finish_artifact, write_weights
 from yunmin.artifact import Manifest, Parity
 from yunmin.checkpoint import Checkpoint, load_checkpoint
-from yunmin.model import MambaLM
+from yunmin.config import MambaConfig
 
 Report = Callable[[str], None]
 
@@ -53,61 +51,115 @@ def export(
         CheckpointError: the source or an adapter is damaged or cannot be merged exactly, a layer would vanish, or the
             weights are quantized already.
         ArtifactError: the source is an artifact that does not match its manifest, or `out` cannot be written.
-        VerificationError: the result does not compute what the trained model computes, or the runtime not what the
-            stored integers stand for, or nothing smaller keeps the perplexity; nothing is left at `out`.
+        VerificationError: the result does not compute what the trained model computes, or a runtime not what the
+            stored weights stand for, or nothing smaller keeps the perplexity; nothing is left at `out`.
+        ConfigError: options that do not go together, or a precision that does not hold the weights.
         DataError, TokenizerError: a text cannot be read or has nothing to measure.
+        MissingExtraError: an ONNX graph is wanted and its packages are missing.
     """
     out = Path(out)
     report = progress or (lambda _: None)
     check_destination(out, force=force)
+    if options.onnx:
+        from export.onnx_graph.stage import require_onnx
+
+        require_onnx("--onnx")
+    if options.triton is not None:
+        from export.triton.repository import check_repository
+
+        check_repository(Path(options.triton), force=force)
+    with artifact_folder(out, force=force) as folder:
+        made = _write_weights(folder, source, adapters, options, report)  # its tensors go with its frame
+        report(f"verifying what was written on {made.probe.tokens} tokens")
+        written = load_checkpoint(folder, quantized=True)
+        proof = made.proof.joined(_verify_written(written, made))
+        if made.texts is not None:
+            proof = proof.joined(
+                measured={"after": measure(written, made.texts.measured, report, "of what was written")}
+            )
+        facts, written = made.facts, replace(written, tensors={})
+        if options.onnx:
+            from export.onnx_graph.stage import add_graph
+
+            graph, parity = add_graph(folder, written.quantization.format, options, made.probe, report)
+            facts, proof = {**facts, "onnx": graph}, proof.joined(parity)
+        report("hashing")
+        manifest = finish_artifact(
+            folder, out.absolute().name, before=made.before, written=written, provenance=facts, proof=proof
+        )
+    if options.triton is not None:
+        from export.triton.repository import write_repository
+
+        report("writing the model repository for Triton")
+        write_repository(Path(options.triton), out, force=force)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is left of an export's first half once its weights are written.
+
+    Attributes:
+        before: config of the source.
+        facts: for the manifest.
+        proof: of what led to the weights.
+        expected: what they must compute in float32; None where they are integers.
+        probe: to compare on.
+        texts: to measure on, where what is exact was changed.
+    """
+
+    before: MambaConfig
+    facts: dict[str, Any]
+    proof: Proof
+    expected: Expected | None
+    probe: Probe
+    texts: Texts | None
+
+
+def _write_weights(
+    folder: Path, source: str | Path, adapters: Sequence[str | Path], options: Options, report: Report
+) -> _Made:
+    """Everything up to the weights in the folder."""
     report("reading")
     read = read_source(source, adapters)
-    config = read.checkpoint.config
-    probe = make_probe(read.checkpoint.tokenizer, config.n_tokens, options.data)
-    texts = _texts(read, options)
-    report("merging, folding, cutting")
-    compact = reordered(compact_model(read), options.order, texts.calibration if texts is not None else None, report)
-    report(f"verifying in float64 on {probe.tokens} tokens")
-    trained, parity = _verify_float64(read, compact, probe)
-    compact = compact.cast(torch.float32)  # the one rounding
-    exact = replace(read.checkpoint, config=compact.config, tensors=compact.tensors)
-    proof = Proof({"float64": parity}, {})
+    probe = make_probe(read.checkpoint.tokenizer, read.checkpoint.config.n_tokens, options.data)
+    texts = texts_for(read, options)
+    exact = exact_export(read, probe, texts, options, report)
+    checkpoint, expected = exact.checkpoint, exact.expected
+    proof = Proof(exact.parity, {})
     if options.measures:
         report(f"verifying in float32 on {probe.tokens} tokens")
-        proof = proof.joined(_verify_float32(read, exact, probe, trained))
+        proof = proof.joined(verify_float32(checkpoint, expected, probe))
         if texts is not None:
-            proof = proof.joined(measured={"before": measure(exact, texts.measured, report, "as trained")})
-    change = changed(exact, proof.perplexity.get("before"), texts, options, report)
-
-    def verify_written(folder: Path) -> Proof:
-        report(f"verifying what was written on {probe.tokens} tokens")
-        if "search" in change.facts and can_plot():
-            plot_curve(folder / CURVE_FILE, change.facts["search"])
-        written = load_checkpoint(folder, quantized=True)
-        if written.quantization.format != "none":
-            proven = proof.joined(verify_quantized(written, probe))
-        elif change.artifact is exact:
-            return proof.joined(_verify_float32(read, written, probe, trained))
-        else:
-            proven = proof.joined(_verify_cut(change.artifact, written, probe))
-        if texts is None:
-            return proven
-        return proven.joined(measured={"after": measure(written, texts.measured, report, "of what was written")})
-
+            proof = proof.joined(measured={"before": measure(checkpoint, texts.measured, report, "as trained")})
+    change = changed(checkpoint, proof.perplexity.get("before"), texts, options, report)
     report("writing")
-    return write_artifact(
-        out,
-        source=read.checkpoint,
-        artifact=change.artifact,
-        channels=tuple(channels[index] for channels, index in zip(compact.channels, change.kept, strict=True)),
-        residual=compact.residual,
-        provenance=provenance_of(read, compact.channels, probe.origin) | change.facts,
-        verify=verify_written,
-        force=force,
+    artifact = change.artifact
+    channels = tuple(channels[index] for channels, index in zip(exact.channels, change.kept, strict=True))
+    write_weights(folder, read.checkpoint, artifact, channels, exact.residual)
+    if "search" in change.facts and can_plot():
+        plot_curve(folder / CURVE_FILE, change.facts["search"])
+    made = _Made(
+        before=read.checkpoint.config,
+        facts=provenance_of(read, exact.channels, probe.origin) | change.facts,
+        proof=proof,
+        expected=expected if artifact is checkpoint else None,
+        probe=probe,
+        texts=texts if options.measures else None,
     )
+    if artifact is not checkpoint and artifact.quantization.format == "none":
+        return replace(made, expected=expected_of_cut(artifact, probe))
+    return made
 
 
-def _texts(source: Source, options: Options) -> Texts | None:
+def _verify_written(written: Checkpoint, made: _Made) -> dict[str, Parity]:
+    if written.quantization.format != "none":
+        return verify_quantized(written, made.probe)
+    assert made.expected is not None
+    return verify_float32(written, made.expected, made.probe)
+
+
+def texts_for(source: Source, options: Options) -> Texts | None:
     """What to measure and calibrate on; None for a model without tokenizer, where nothing depends on text."""
     tokenizer = source.checkpoint.tokenizer
     if not (options.measures or options.calibrates) or (tokenizer is None and not options.calibrates):
@@ -121,37 +173,3 @@ def _texts(source: Source, options: Options) -> Texts | None:
         measured_tokens=options.measured_tokens,
         calibration_tokens=options.calibration_tokens,
     )
-
-
-def _verify_float64(source: Source, compact: Compact, probe: Probe) -> tuple[Tensor, Parity]:
-    """The export's mathematics: both models in float64, without any rounding to float32 between.
-
-    Returns:
-        The trained model's logits (tokens, V), and how far the export's lie from them.
-    """
-    trained = logits_one_by_one(trained_model(source).double(), probe)  # released before the next model is built
-    exported = logits_as_batch(MambaLM.from_tensors(compact.config, compact.tensors), probe)
-    return trained, require_parity("float64", exported, trained)
-
-
-def _verify_float32(source: Source, exported: Checkpoint, probe: Probe, trained_float64: Tensor) -> dict[str, Parity]:
-    """The exported weights in float32, as they are written or were read back."""
-    trained = logits_one_by_one(trained_model(source), probe)
-    rounding = float((trained - trained_float64).abs().max())
-    hint = f" (in float64 both agree, and the trained model's own float32 logits are off by {rounding:.3g})"
-    model = MambaLM.from_tensors(exported.config, exported.tensors)
-    return {
-        "float32": require_parity("float32", logits_as_batch(model, probe), trained, hint=hint),
-        "stepwise": require_parity("stepwise", *logits_by_steps(model, probe)),
-    }
-
-
-def _verify_cut(cut: Checkpoint, written: Checkpoint, probe: Probe) -> dict[str, Parity]:
-    """A model that was cut further than is exact, as it was read back, against the same in float64."""
-    wide = {name: tensor.double() for name, tensor in cut.tensors.items()}
-    expected = logits_one_by_one(MambaLM.from_tensors(cut.config, wide), probe)
-    model = MambaLM.from_tensors(written.config, written.tensors)
-    return {
-        "cut": require_parity("cut", logits_as_batch(model, probe).double(), expected),
-        "stepwise": require_parity("stepwise", *logits_by_steps(model, probe)),
-    }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,70 +63,75 @@ def check_destination(out: Path, *, force: bool) -> None:
         raise ArtifactError(f"{out}: holds other files and no artifact; --force replaces only an artifact")
 
 
-def write_artifact(
-    out: Path,
-    *,
-    source: Checkpoint,
-    artifact: Checkpoint,
-    channels: Sequence[Tensor],
-    residual: Tensor,
-    provenance: Mapping[str, Any],
-    verify: Callable[[Path], Proof],
-    force: bool = False,
-) -> Manifest:
-    """Writes an artifact aside, has it verified there, and gives it its name.
+@contextlib.contextmanager
+def artifact_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to fill that becomes the artifact when the block ends without an error.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    try:
+        with atomic_folder(out, replace=force) as folder:
+            yield folder
+    except OSError as error:
+        raise ArtifactError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def write_weights(
+    folder: Path, source: Checkpoint, artifact: Checkpoint, channels: Sequence[Tensor], residual: Tensor
+) -> None:
+    """Writes what an artifact computes with.
 
     Args:
-        out: the artifact's final folder.
+        folder: of the artifact, not yet under its final name.
         source: the checkpoint it was made of; its tokenizer is copied and its widths are what was there before.
         artifact: what is written: config, tensors, quantization.
         channels: per layer, the starting inner channel at each position, int64.
         residual: the starting channel of the residual stream at each position, int64 (d,); written where it changed.
-        provenance: for the manifest.
-        verify: given the folder without its manifest; raises unless the model in it may be published.
-        force: whether an existing folder gives way.
-
-    Returns:
-        The manifest that was written.
-
-    Raises:
-        ArtifactError: the folder cannot be written.
     """
-    config, quantization = artifact.config, artifact.quantization
-    before, after = cost_of(source.config), cost_of(config, quantization)
-    try:
-        with atomic_folder(out, replace=force) as folder:
-            write_checkpoint(folder, config, artifact.tensors, quantization)
-            copy_tokenizer(source.folder, folder)
-            write_scan_order(folder, channels, starting_widths=source.config.d_inner)
-            if not torch.equal(residual, torch.arange(config.d_model)):
-                np.save(folder / "residual_order.npy", residual.numpy())
-            proof = verify(folder)
-            card = model_card(
-                out.absolute().name,
-                config=config,
-                is_untied=source.config.tie_word_embeddings and not config.tie_word_embeddings,
-                quantization=quantization.format,
-                before=before,
-                after=after,
-                parity=proof.parity,
-                perplexity=proof.perplexity,
-                provenance=provenance,
-                has_tokenizer=source.tokenizer is not None,
-            )
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            return write_manifest(
-                folder,
-                provenance=provenance,
-                before=before,
-                after=after,
-                cuts=_cuts(source.config, config),
-                parity=proof.parity,
-                quantization=quantization.format,
-                perplexity=proof.perplexity,
-            )
-    except OSError as error:
-        raise ArtifactError(f"{out}: cannot be written: {error.strerror or error}") from None
+    write_checkpoint(folder, artifact.config, artifact.tensors, artifact.quantization)
+    copy_tokenizer(source.folder, folder)
+    write_scan_order(folder, channels, starting_widths=source.config.d_inner)
+    if not torch.equal(residual, torch.arange(artifact.config.d_model)):
+        np.save(folder / "residual_order.npy", residual.numpy())
+
+
+def finish_artifact(
+    folder: Path, name: str, *, before: MambaConfig, written: Checkpoint, provenance: Mapping[str, Any], proof: Proof
+) -> Manifest:
+    """Writes the model card and the manifest, which vouches for every other file in the folder.
+
+    Args:
+        folder: of the artifact, not yet under its final name.
+        name: that it is to have.
+        before: config of the checkpoint it was made of.
+        written: what was read back.
+        provenance: for the manifest.
+        proof: what was shown of it.
+    """
+    config, quantization = written.config, written.quantization
+    costs = {"before": cost_of(before), "after": cost_of(config, quantization)}
+    card = model_card(
+        name,
+        config=config,
+        is_untied=before.tie_word_embeddings and not config.tie_word_embeddings,
+        quantization=quantization.format,
+        parity=proof.parity,
+        perplexity=proof.perplexity,
+        provenance=provenance,
+        has_tokenizer=written.tokenizer is not None,
+        **costs,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return write_manifest(
+        folder,
+        provenance=provenance,
+        cuts=_cuts(before, config),
+        parity=proof.parity,
+        quantization=quantization.format,
+        perplexity=proof.perplexity,
+        **costs,
+    )
 
 
 def _cuts(before: MambaConfig, after: MambaConfig) -> list[dict[str, int]]:

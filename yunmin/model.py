@@ -87,9 +87,21 @@ class MambaLM(nn.Module):
 
     @classmethod
     def from_tensors(
-        cls, config: MambaConfig, tensors: Mapping[str, Tensor], mixer: MixerFactory = MambaMixer
+        cls,
+        config: MambaConfig,
+        tensors: Mapping[str, Tensor],
+        mixer: MixerFactory = MambaMixer,
+        *,
+        shares_memory: bool = False,
     ) -> MambaLM:
-        """A model in evaluation mode that owns copies of `tensors`.
+        """A model in evaluation mode.
+
+        Args:
+            config: the architecture.
+            tensors: by checkpoint name.
+            mixer: builds the mixer of a layer.
+            shares_memory: whether its parameters are `tensors` themselves, which may lie in a file that is mapped and
+                are not to be written to; else it owns copies.
 
         Raises:
             CheckpointError: a tensor is missing, unexpected or of a wrong shape; names it.
@@ -97,7 +109,8 @@ class MambaLM(nn.Module):
         check_tensors(config, tensors)
         with torch.device("meta"):  # no time spent on initial values
             model = cls(config, mixer)
-        model.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True, strict=False)
+        own = {name: t.detach() if shares_memory else t.detach().clone() for name, t in tensors.items()}
+        model.load_state_dict(own, assign=True, strict=False)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.backbone.embeddings.weight
         return model.eval()
@@ -149,9 +162,9 @@ class MambaLM(nn.Module):
             return self._logits(hidden)
         packed_ids, order, lengths = _real_tokens_first(input_ids, attention_mask)
         hidden, _ = self.backbone(packed_ids, state, lengths)
-        logits = self._logits(hidden)  # (B, L, V), real tokens first
-        unpacked = torch.zeros_like(logits).scatter(1, order[..., None].expand_as(logits), logits)
-        return unpacked.masked_fill(~attention_mask.bool()[..., None], 0.0)
+        unpacked = torch.zeros_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden)  # (B, L, d)
+        # the head has no bias: of zeros it makes zeros
+        return self._logits(unpacked.masked_fill(~attention_mask.bool()[..., None], 0.0))
 
     def prefill(
         self, input_ids: Tensor, state: MambaState | None = None, attention_mask: Tensor | None = None

@@ -23,19 +23,22 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def build_trained(checkpoint: Checkpoint, pillars: Pillars, adapters: Mapping[str, Path]) -> MambaLM:
+def build_trained(
+    checkpoint: Checkpoint, pillars: Pillars, adapters: Mapping[str, Path], *, shares_memory: bool = False
+) -> MambaLM:
     """A checkpoint with its pillars in place.
 
     Args:
         checkpoint: weights in their starting order and shape.
         pillars: gates and masks to apply.
         adapters: PEFT folders by name; each name keeps its adapters apart.
+        shares_memory: whether the weights are the checkpoint's own, not to be written to; else they are copies.
 
     Raises:
         CheckpointError: an adapter is damaged or does not fit.
         MissingExtraError: there are adapters and `peft` is not installed.
     """
-    model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors, mixer=GatedMixer)
+    model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors, mixer=GatedMixer, shares_memory=shares_memory)
     set_fixed_gates(model, pillars)
     for name, mask in pillars.weight_masks.items():
         parent = model.get_submodule(name.rsplit(".", 2)[0])

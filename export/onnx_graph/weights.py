@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from yunmin.axes import expected_shapes
@@ -15,6 +15,8 @@ from yunmin.quantization.packing import QuantizedWeight, unpack_tensor
 from yunmin.quantization.reference import dequantized
 from yunmin.quantization.rounding import require_quantizable, round_weight
 from yunmin.runtime.onnx_contract import Precision
+
+_ROUNDED_ROWS = 4096
 
 
 class GraphWeights:
@@ -57,7 +59,11 @@ class GraphWeights:
         weight_format = self.quantization.of(name)
         assert weight_format is not None, name
         require_quantizable(name, checkpoint.tensors[name])
-        return round_weight(checkpoint.tensors[name].detach().float(), weight_format)
+        # some rows at a time, each by itself: an embedding is large, and rounding makes copies
+        rows = checkpoint.tensors[name].detach().split(_ROUNDED_ROWS)
+        parts = [round_weight(part.float(), weight_format) for part in rows]
+        levels, scales = torch.cat([part.levels for part in parts]), torch.cat([part.scale for part in parts])
+        return QuantizedWeight(weight_format, levels, scales)
 
 
 def reference_checkpoint(checkpoint: Checkpoint, precision: Precision) -> Checkpoint:
@@ -73,15 +79,17 @@ def reference_checkpoint(checkpoint: Checkpoint, precision: Precision) -> Checkp
     if precision == "fp32":
         return dequantized(checkpoint)
     weights = GraphWeights(checkpoint, precision)
-    value: Callable[[str], Tensor]
-    if precision == "fp16":
-        value = lambda name: half(weights.plain(name)).float() if is_matrix(name) else weights.plain(name)  # noqa: E731
-    else:
-        value = lambda name: (  # noqa: E731
-            weights.quantized(name).dequantized() if weights.quantization.of(name) else weights.plain(name)
-        )
-    names = expected_shapes(checkpoint.config)
-    return replace(checkpoint, tensors={name: value(name) for name in names}, quantization=Quantization())
+    tensors = {name: reference_tensor(weights, precision, name) for name in expected_shapes(checkpoint.config)}
+    return replace(checkpoint, tensors=tensors, quantization=Quantization())
+
+
+def reference_tensor(weights: GraphWeights, precision: Precision, name: str) -> Tensor:
+    """One tensor of the reference checkpoint, float32."""
+    if precision == "fp16" and is_matrix(name):
+        return half(weights.plain(name)).float()
+    if weights.quantization.of(name) is not None:
+        return weights.quantized(name).dequantized()
+    return weights.plain(name)
 
 
 def is_matrix(name: str) -> bool:

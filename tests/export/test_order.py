@@ -16,6 +16,7 @@ from export.order import ORDERS, OrderKind, permuted, reordered
 from export.pipeline import export
 from export.statistics import input_statistics
 from export.texts import Text
+from export.wide import in_float64
 from tests.export.fixtures import random_pillars, write_source, write_trained_run
 from tests.models import random_ids, random_model
 from yunmin.artifact import load_artifact
@@ -54,8 +55,8 @@ def test_no_order_changes_the_function(tmp_path: Path, kind: OrderKind, uniform:
     other = reordered(compact, kind, TEXT_IDS, _ignore)
     assert other.config == compact.config
     with torch.inference_mode():
-        expected = MambaLM.from_tensors(compact.config, compact.tensors)(IDS)
-        found = MambaLM.from_tensors(other.config, other.tensors)(IDS)
+        expected = in_float64(MambaLM.from_tensors(compact.config, compact.tensors))(IDS)
+        found = in_float64(MambaLM.from_tensors(other.config, other.tensors))(IDS)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     for layer in range(2):
         assert sorted(other.channels[layer].tolist()) == sorted(compact.channels[layer].tolist())

@@ -14,6 +14,9 @@ _CLAIMS = {
     "layers": "same layer in plain torch, worst",
     "quantized": "own integers in plain torch",
     "cut": "model that was cut further, fp64",
+    "onnx": "same in torch, ONNX graph",
+    "onnx_steps": "same in torch, ONNX, by steps",
+    "onnx_int8_activations": "same in torch, ONNX, as served",
 }
 _BEFORE = {"float32": "trained model, before storing"}  # where the artifact itself is not exact any more
 

@@ -1,0 +1,205 @@
+"""Proof that an ONNX graph computes what its weights stand for: in onnxruntime, against plain torch, on real text.
+
+Integers are proven twice. With activations as they are, the graph must give the logits of its dequantized weights to
+float32's accuracy: that covers the integers, the scales and every operator. As it is served, its products round
+activations to 8 bits, too, which may change the logits by no more than twice what it changes in the
+torch network.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
+from torch import Tensor
+
+from export.onnx_graph.emit import GraphOptions
+from export.onnx_graph.reference import reference_network
+from export.verify import TOLERANCES, Probe, logits_as_batch, require_parity
+from yunmin.artifact import Parity
+from yunmin.checkpoint import load_checkpoint
+from yunmin.config import MambaConfig
+from yunmin.errors import VerificationError
+from yunmin.runtime.onnx_contract import INPUT_IDS, KEPT_LOGITS, LOGITS, past_name, present_name
+from yunmin.threads import get_threads
+
+STEPS = 32
+_HISTORIES = (64, 29, 1)  # tokens before the steps, unequal
+_KINDS = ("conv", "recurrent")
+_EXACT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level of float32
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe) -> dict[str, Parity]:
+    """Compares a graph with the torch network of its weights: whole sequences, and 32 steps of a batch of three.
+
+    Args:
+        path: of the graph, with states by layer.
+        artifact: the folder with the weights that it was written from; read again, so that they need not stay in memory
+            beside onnxruntime's.
+        options: of the graph.
+        probe: what to compare on.
+
+    Returns:
+        Claims: "onnx" (whole sequences) and "onnx_steps" with activations as they are, and for products that round
+        them "onnx_int8_activations", both.
+
+    Raises:
+        VerificationError: they differ by more, or `onnx.checker` or onnxruntime refuses the graph.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(
+            f"onnx: the checker refuses the graph: {_first_line(error)}; nothing was written"
+        ) from None
+    rows = _rows_to_step(probe)
+    both = Probe((*probe.sequences, *rows), probe.origin)
+    read, stepped = probe.tokens, _step_positions(probe, rows)
+    graph = onnx.load(str(path), load_external_data=False)
+    rounds = _with_exact_activations(graph)
+    config, expected, rounding = _reference_logits(artifact, options, both, rounds_activations=rounds)
+    session = _opened(path, graph)
+    parity = {
+        "onnx": require_parity("onnx", _read(session, config, probe.sequences), expected[:read]),
+        "onnx_steps": require_parity("onnx_steps", _step(session, config, rows), expected[stepped]),
+    }
+    del session
+    if not rounds:
+        return parity
+    session, what = _opened(path, None), "onnx_int8_activations"
+    served = torch.cat([_read(session, config, probe.sequences), _step(session, config, rows)])
+    positions = torch.cat([torch.arange(read), stepped])
+    # the graph rounds by blocks and the torch network by tokens: two roundings of one size, which may add up
+    tolerance = max(TOLERANCES[what], 2 * rounding)
+    return parity | {what: require_parity(what, served, expected[positions], tolerance=tolerance)}
+
+
+def _reference_logits(
+    artifact: Path, options: GraphOptions, probe: Probe, *, rounds_activations: bool
+) -> tuple[MambaConfig, Tensor, float]:
+    """The config, the torch network's logits (tokens, V), and by what share of the largest rounding changes them."""
+    checkpoint = load_checkpoint(artifact, quantized=True)
+    # one batch, since weights are made anew for each call
+    expected = logits_as_batch(reference_network(checkpoint, options.precision), probe)
+    if not rounds_activations:
+        return checkpoint.config, expected, 0.0
+    rounded = logits_as_batch(reference_network(checkpoint, options.precision, rounds_activations=True), probe)
+    largest = max(float(expected.max()), -float(expected.min()))
+    change = max(float((a - b).abs().max()) for a, b in zip(rounded, expected, strict=True))
+    return checkpoint.config, expected, change / largest if largest else 0.0
+
+
+def describe_graph(path: Path, options: GraphOptions) -> dict[str, Any]:
+    """Facts about a graph for the manifest."""
+    graph = onnx.load(str(path), load_external_data=False)
+    functions = Counter(f"{node.domain}:{node.op_type}" if node.domain else node.op_type for node in graph.graph.node)
+    data = path.with_name(f"{path.name}.data")
+    return {
+        "file": f"{path.parent.name}/{path.name}",
+        "flavour": options.flavour,
+        "precision": options.precision,
+        "opset": next(opset.version for opset in graph.opset_import if not opset.domain),
+        "bytes": path.stat().st_size + (data.stat().st_size if data.is_file() else 0),
+        "operators": dict(sorted(functions.items())),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _rows_to_step(probe: Probe) -> tuple[tuple[int, ...], ...]:
+    """Token ids for a batch of three with unequal histories, from the probe's text, which is repeated where short."""
+    sources = itertools.cycle(probe.sequences)
+    return tuple(
+        tuple(itertools.islice(itertools.cycle(source), history + STEPS))
+        for source, history in zip(sources, _HISTORIES, strict=False)
+    )
+
+
+def _step_positions(probe: Probe, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Where the stepped logits lie among those of the probe and then the rows, int64, row after row."""
+    ends = itertools.accumulate((len(row) for row in rows), initial=probe.tokens)
+    next(ends)
+    return torch.cat([torch.arange(end - STEPS - 1, end) for end in ends])
+
+
+def _with_exact_activations(graph: onnx.ModelProto) -> bool:
+    """Has products of integers leave activations as they are, in place; whether there are any that would not."""
+    levels = [
+        attribute
+        for node in graph.graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
+    for attribute in levels:
+        attribute.i = _EXACT_ACTIVATIONS
+    return bool(levels)
+
+
+def _opened(path: Path, graph: onnx.ModelProto | None) -> onnxruntime.InferenceSession:
+    """A session on the CPU; of `graph`, where given, whose weights lie beside `path`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = get_threads()
+    options.enable_cpu_mem_arena = False  # memory goes back at once
+    # of DequantizeLinear and MatMul it makes MatMulNBits, which rounds activations unless told not to
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(_EXACT_ACTIVATIONS))
+    if graph is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return onnxruntime.InferenceSession(
+            str(path) if graph is None else graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except (Fail, InvalidArgument, InvalidGraph, NotImplementedByRuntime) as error:
+        reason = f"onnx: onnxruntime refuses the graph: {_first_line(error)}; nothing was written"
+        raise VerificationError(reason) from None
+
+
+def _zero_states(config: MambaConfig, batch: int) -> Arrays:
+    taps = config.d_conv - 1
+    states: Arrays = {}
+    for layer, (inner, n) in enumerate(zip(config.d_inner, config.d_state, strict=True)):
+        states[past_name(layer, "conv")] = np.zeros((batch, inner, taps), np.float32)
+        states[past_name(layer, "recurrent")] = np.zeros((batch, n, inner), np.float32)
+    return states
+
+
+def _run(
+    session: onnxruntime.InferenceSession, config: MambaConfig, ids: npt.ArrayLike, states: Arrays, kept: int
+) -> tuple[Tensor, Arrays]:
+    """Ids (B, T) and states -> logits of the last `kept` positions, or all for 0, (B, kept, V), and the next states."""
+    feeds = {INPUT_IDS: np.asarray(ids, np.int64), KEPT_LOGITS: np.asarray(kept, np.int64), **states}
+    names = [(past_name(i, kind), present_name(i, kind)) for i in range(config.n_layers) for kind in _KINDS]
+    logits, *present = session.run([LOGITS, *(name for _, name in names)], feeds)
+    return torch.from_numpy(logits), {past: value for (past, _), value in zip(names, present, strict=True)}
+
+
+def _read(session: onnxruntime.InferenceSession, config: MambaConfig, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Logits of each sequence read alone (tokens, V)."""
+    return torch.cat([_run(session, config, [row], _zero_states(config, 1), 0)[0][0] for row in sequences])
+
+
+def _step(session: onnxruntime.InferenceSession, config: MambaConfig, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The last positions' logits by a prefill of each row alone and single steps of all (rows * (STEPS + 1), V)."""
+    begun = [_run(session, config, [row[:-STEPS]], _zero_states(config, 1), 1) for row in rows]
+    states = {name: np.concatenate([state[name] for _, state in begun]) for name in begun[0][1]}
+    logits = [torch.cat([first[:, 0] for first, _ in begun])]  # (rows, V)
+    for position in range(-STEPS, 0):
+        found, states = _run(session, config, [[row[position]] for row in rows], states, 1)
+        logits.append(found[:, 0])
+    return torch.stack(logits, dim=1).flatten(0, 1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

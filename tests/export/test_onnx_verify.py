@@ -1,0 +1,158 @@
+"""An artifact's ONNX graph: written before the proof, proven in onnxruntime, and nothing is left where it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from export.cli import main as export_main
+from export.onnx_graph import matrices
+from export.options import Options
+from export.pipeline import export
+from export.verify import make_probe
+from export.wide import in_float64
+from tests.export.fixtures import small_config, write_source, write_trained_run
+from tests.models import random_tensors
+from yunmin.artifact import load_artifact
+from yunmin.cli import run
+from yunmin.commands.inspect import main as inspect_main
+from yunmin.errors import ConfigError, VerificationError
+from yunmin.model import MambaLM
+from yunmin.runtime.onnx_contract import Flavour, Precision
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_graph_of_a_cut_artifact_is_proven_and_recorded(tmp_path: Path, flavour: Flavour, precision: Precision) -> None:
+    source = write_trained_run(tmp_path / "run", small_config(uniform=False))
+    options = Options(onnx=True, onnx_flavour=flavour, onnx_precision=precision)
+    manifest = export(source, tmp_path / "out", options=options)
+    assert "onnx/model.onnx" in manifest.files
+    graph = manifest.provenance["onnx"]
+    assert (graph["flavour"], graph["precision"], graph["opset"]) == (flavour, precision, 21)
+    assert manifest.parity["onnx"].relative_error <= 1e-4
+    assert manifest.parity["onnx_steps"].tokens == 3 * 33
+    is_rounded = flavour == "ort" and precision in ("int8", "int4")
+    assert ("onnx_int8_activations" in manifest.parity) == is_rounded
+    load_artifact(tmp_path / "out")
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_graph_takes_the_artifacts_own_precision(tmp_path: Path, quantize: str) -> None:
+    source = write_source(tmp_path / "source", small_config(), tokenizer=False)
+    arguments = [str(source), str(tmp_path / "out"), "--quantize", quantize, "--onnx", "--json"]
+    assert run(export_main, arguments) == 0
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["provenance"]["onnx"]["precision"] == quantize
+
+
+def test_graph_that_computes_something_else_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path / "source", small_config(), tokenizer=False)
+    true_pairs = matrices._pairs
+    monkeypatch.setattr(matrices, "_pairs", lambda nibbles: true_pairs(nibbles.flip(0)))
+    with pytest.raises(VerificationError, match=r"^onnx: .*nothing was written"):
+        export(source, tmp_path / "out", options=Options(onnx=True, onnx_precision="int4"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_card_and_inspect_tell_of_the_graph(tmp_path: Path, capsys: Captured) -> None:
+    source = write_source(tmp_path / "source", small_config(), tokenizer=False)
+    assert run(export_main, [str(source), str(tmp_path / "out"), "--onnx"]) == 0
+    assert "onnx/model.onnx: ort, fp32" in capsys.readouterr().out
+    assert "## ONNX" in (tmp_path / "out/README.md").read_text()
+    assert run(inspect_main, [str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "onnx.flavour" in shown
+    assert "onnx/model.onnx" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"onnx_precision": "int8"}, "--onnx, which was not asked for"),
+        ({"onnx": True, "quantize": "int8", "onnx_precision": "int4"}, "--quantize int8: expected --onnx-precision"),
+        ({"onnx": True, "max_increase": 0.1, "onnx_precision": "int4"}, "--max-perplexity-increase"),
+        ({"format": "hf", "onnx": True}, "--onnx is of an artifact"),
+        ({"format": "gguf", "quantize": "int8"}, "--quantize int8 is of an artifact"),
+        ({"format": "hf", "triton": "repository"}, "--triton repository is of an artifact"),
+        ({"format": "hf", "gguf_type": "f32"}, "--gguf-type f32: expected --format gguf"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Options(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["hf", "mamba_ssm"])
+def test_other_format_is_written_from_the_proven_weights(tmp_path: Path, kind: str) -> None:
+    config = small_config()
+    # of cut widths, mamba_ssm takes only multiples of d_model
+    source = write_trained_run(tmp_path / "run", config) if kind == "hf" else write_source(tmp_path / "source", config)
+    assert run(export_main, [str(source), str(tmp_path / "out"), "--format", kind]) == 0
+    assert (tmp_path / "out/config.json").is_file()
+
+
+def _scan_along_the_first_axis(graph: onnx.ModelProto) -> None:
+    """Transposes around each `Scan`, in place: `onnx.reference` implements no other axis than the first."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.graph.node:
+        if node.op_type != "Scan":
+            nodes.append(node)
+            continue
+        after: list[onnx.NodeProto] = []
+        values = {attribute.name: attribute for attribute in node.attribute}
+        for kind, names in (("scan_input_axes", node.input), ("scan_output_axes", node.output)):
+            axes = values[kind].ints
+            first = len(names) - len(axes)
+            for i, axis in enumerate(list(axes)):
+                assert axis == 1
+                axes[i] = 0
+                name = names[first + i]
+                names[first + i] = f"{name}.{node.name}.time_first"
+                pair = [name, names[first + i]]
+                source, target = pair if kind == "scan_input_axes" else pair[::-1]
+                transpose = onnx.helper.make_node("Transpose", [source], [target], perm=[1, 0, 2])
+                (nodes if kind == "scan_input_axes" else after).append(transpose)
+        nodes += [node, *after]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+
+
+def test_onnx_reference_agrees(tmp_path: Path) -> None:
+    """The operators' own definition, in numpy, on the portable graph."""
+    config = small_config(uniform=False)
+    source = write_source(tmp_path / "source", config, tokenizer=False)
+    export(source, tmp_path / "out", options=Options(onnx=True, onnx_flavour="portable"))
+    ids = np.array([make_probe(None, config.n_tokens).sequences[3]], np.int64)
+    graph = onnx.load(tmp_path / "out/onnx/model.onnx")
+    _scan_along_the_first_axis(graph)
+    feeds: dict[str, Any] = {"input_ids": ids, "num_logits_to_keep": np.array(0, np.int64)}
+    for value in graph.graph.input:
+        if value.name.startswith("past"):
+            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
+            feeds[value.name] = np.zeros((1, *dims), np.float32)
+    (found,) = cast("list[Any]", ReferenceEvaluator(graph).run(["logits"], feeds))
+    with torch.inference_mode():
+        expected = MambaLM.from_tensors(config, random_tensors(config))(torch.from_numpy(ids))
+    assert float(np.abs(found - expected.numpy()).max()) <= 1e-4 * float(expected.abs().max())
+
+
+def test_float64_one_module_at_a_time_equals_float64() -> None:
+    config = small_config(uniform=False, tied=False)
+    ids = torch.arange(22).view(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.inference_mode():
+        whole = MambaLM.from_tensors(config, random_tensors(config)).double()(ids, mask)
+        found = in_float64(MambaLM.from_tensors(config, random_tensors(config)))(ids, mask)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, whole, rtol=1e-13, atol=1e-13)
