@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from export.triton import write_repository
+from serving.client_cli import main
 from serving.settings import Settings
 from serving.triton.asked import read_request
 from serving.triton.client import TritonError, ask
-from serving.client_cli import main
 from serving.triton.python_model import read_parameters
 from tests.serving.triton_server import TritonServer, free_ports, triton_server
 from tests.triton_models import write_tiny_artifact
