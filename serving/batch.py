@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PASSED_ON = {
     "device": "torch device",
-    "runtime": "auto, native or torch",
+    "runtime": "auto, native, torch or onnx",
     "threads": "of the CPU",
     "slots": "of states",
 }

@@ -27,7 +27,9 @@ class Settings(BaseModel):
     artifact: str = Field("", description="artifact, run folder or checkpoint to serve, or bentoml:NAME[:VERSION]")
     model_name: str = Field("", description="name that requests give as `model` (default: the folder's name)")
     device: str = Field("auto", description="torch device; auto takes CUDA where there is one, else the CPU")
-    runtime: Literal["auto", "native", "torch"] = Field("auto", description="native runs on CPUs only; auto prefers it")
+    runtime: Literal["auto", "native", "torch", "onnx"] = Field(
+        "auto", description="native runs on CPUs only; auto prefers it; onnx runs the artifact's graph"
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the model; 0 leaves torch's own choice")
     slots: int = Field(8, ge=1, le=4096, description="sequences that advance together")
     queue: int = Field(64, ge=0, le=100_000, description="requests that may wait for a slot; more get 429")

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     build.add_argument("--name", help="by which requests refer to it (OUT's name without its ending)")
     build.add_argument("--force", action="store_true", help="write over OUT")
     build.add_argument("--device", default="auto", help="torch device (auto)")
-    build.add_argument("--runtime", choices=("auto", "native", "torch"), default="auto", help="(auto)")
+    build.add_argument("--runtime", choices=("auto", "native", "torch", "onnx"), default="auto", help="(auto)")
     build.add_argument("--threads", type=int, metavar="N", help="CPU threads (all)")
     build.add_argument("--json", action="store_true", help="print the result as one JSON object")
     if not argv:

@@ -173,23 +173,26 @@ class LanguageModel:
 
 
 def load(
-    source: str | Path, *, device: str = "auto", runtime: Literal["auto", "native", "torch"] = "auto"
+    source: str | Path, *, device: str = "auto", runtime: Literal["auto", "native", "torch", "onnx"] = "auto"
 ) -> LanguageModel:
     """Loads an artifact, a run folder, a checkpoint of it, or a plain Mamba checkpoint.
 
     Args:
         source: the folder, or a Hub id when online.
         device: a torch device, or "auto" for CUDA where there is one and the CPU otherwise.
-        runtime: "native" code (CPUs only; no gates or adapters beside the weights), "torch", or "auto": native wherever
-            it can be.
+        runtime: "native" code (CPUs only; no gates or adapters beside the weights), "torch", "onnx" (the graph of an
+            artifact that was exported with one, in ONNX Runtime), or "auto": native wherever it can be, else torch.
 
     Raises:
         CheckpointError: missing or damaged files.
         ArtifactError: an artifact that does not match its manifest.
         ConfigError: unknown or impossible configuration, no such device, or a runtime that cannot run this.
+        MissingExtraError: the onnx runtime is wanted, and onnxruntime is not installed.
     """
-    if runtime not in ("auto", "native", "torch"):
-        raise ConfigError(f"runtime must be 'auto', 'native' or 'torch', got {runtime!r}")
+    if runtime not in ("auto", "native", "torch", "onnx"):
+        raise ConfigError(f"runtime must be 'auto', 'native', 'torch' or 'onnx', got {runtime!r}")
+    if runtime == "onnx":
+        return _load_graph(Path(source) if is_artifact(source) else find_checkpoint(source), device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and runtime != "native" else "cpu"
     if runtime == "native" and device != "cpu":
@@ -213,6 +216,18 @@ def load(
     else:
         torch_runtime = TorchRuntime(network)
     return LanguageModel(torch_runtime, checkpoint.tokenizer, checkpoint.folder, fingerprint)
+
+
+def _load_graph(folder: Path, device: str) -> LanguageModel:
+    from yunmin.runtime.onnx_runtime import OnnxRuntime  # imports onnxruntime
+    from yunmin.runtime.onnx_session import GraphFile, usable_device
+
+    if not is_artifact(folder):
+        raise ConfigError(f"{folder}: the onnx runtime runs the graph of an artifact; export it with --onnx")
+    checkpoint, manifest = load_artifact(folder)
+    config, graph = checkpoint.config, GraphFile.of_artifact(folder, manifest)
+    runtime = OnnxRuntime(graph, config, usable_device(device))
+    return LanguageModel(runtime, checkpoint.tokenizer, folder, lambda: graph.fingerprint(config))
 
 
 def fingerprint_of(config: MambaConfig, tensors: Mapping[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from yunmin.config import MambaConfig
+from yunmin.errors import StateError
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,27 @@ class MambaState:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MambaState:
         return MambaState(tuple(map(function, self.conv)), tuple(map(function, self.ssm)))
+
+
+def require_widths(state: MambaState, d_inner: Sequence[int], d_state: Sequence[int], taps: int) -> None:
+    """Refuses a state of other widths.
+
+    Args:
+        state: of any batch size.
+        d_inner, d_state: of each layer.
+        taps: inputs of the convolution that are carried, K-1.
+
+    Raises:
+        StateError: names the first layer that differs.
+    """
+    layers, batch = len(d_inner), state.batch_size
+    if not len(state.conv) == len(state.ssm) == layers:
+        raise StateError(f"expected states of {layers} layers, found {len(state.conv)} and {len(state.ssm)}")
+    for layer, (inner, n) in enumerate(zip(d_inner, d_state, strict=True)):
+        for kind, tensor, numbers in (("conv", state.conv[layer], taps), ("ssm", state.ssm[layer], n)):
+            if tensor.shape != (batch, inner, numbers):
+                expected, found = (batch, inner, numbers), tuple(tensor.shape)
+                raise StateError(f"layer {layer}: expected a {kind} state of shape {expected}, found {found}")
 
 
 @dataclass(frozen=True)

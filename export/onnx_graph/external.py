@@ -6,8 +6,8 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
-import torch
 from onnx import TensorProto
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def write_model(path: Path, model: onnx.ModelProto, weights: Mapping[str, tuple[
     with data_path.open("wb") if is_external else io.BytesIO() as data:
         for name, (tensor, element_type, dims) in weights.items():
             proto = TensorProto(name=name, data_type=element_type, dims=dims)
-            raw = tensor.view(torch.uint8).numpy() if tensor.dim() else tensor.view(1).view(torch.uint8).numpy()
+            raw = tensor.numpy().reshape(-1).view(np.uint8)  # numpy minds no stride of an axis that has one element
             if not is_external or tensor.nbytes < _SMALL_BYTES:
                 proto.raw_data = raw.tobytes()
             else:

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     constraint.add_argument("--json-schema", metavar="FILE", help="the text is JSON that this schema accepts")
     constraint.add_argument("--regex", metavar="REGEX", help="the text, all of it, matches this regular expression")
     arguments.add_argument("--device", default="auto", help="torch device (auto)")
-    arguments.add_argument("--runtime", choices=("auto", "native", "torch"), default="auto", help="(auto)")
+    arguments.add_argument("--runtime", choices=("auto", "native", "torch", "onnx"), default="auto", help="(auto)")
     arguments.add_argument("--threads", type=int, metavar="N", help="CPU threads (all)")
     arguments.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     options = arguments.parse_args(argv)

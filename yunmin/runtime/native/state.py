@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from yunmin.config import MambaConfig
-from yunmin.errors import StateError
 from yunmin.runtime.native.records import padded
-from yunmin.state import MambaState
+from yunmin.state import MambaState, require_widths
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,4 @@ def require_fit(layout: StateLayout, state: MambaState) -> None:
     """
     if isinstance(state, NativeState) and (state.layout is layout or state.layout == layout):
         return
-    layers, batch = len(layout.d_inner), state.batch_size
-    if not len(state.conv) == len(state.ssm) == layers:
-        raise StateError(f"expected states of {layers} layers, found {len(state.conv)} and {len(state.ssm)}")
-    for layer, (inner, n) in enumerate(zip(layout.d_inner, layout.d_state, strict=True)):
-        for kind, tensor, numbers in (("conv", state.conv[layer], layout.taps), ("ssm", state.ssm[layer], n)):
-            if tensor.shape != (batch, inner, numbers):
-                expected, found = (batch, inner, numbers), tuple(tensor.shape)
-                raise StateError(f"layer {layer}: expected a {kind} state of shape {expected}, found {found}")
+    require_widths(state, layout.d_inner, layout.d_state, layout.taps)
