@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +13,13 @@ from export.formats import write_format
 from export.gguf import GGUF_TYPES, write_gguf
 from export.gguf_readback import checkpoint_tensors
 from tests.export.fixtures import TEXT
+from tests.llama import in_llama_cpp
 from tests.models import random_tensors
 from yunmin.checkpoint import load_checkpoint, write_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.model import MambaLM
 from yunmin.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-CHILD = Path(__file__).with_name("llama_child.py")
-PEERS = ROOT / ".venv-peers/common/bin/python"  # where `yunmin bench compare` has llama-cpp-python installed
 PROMPT = [3, 250, 7, 7, 319, 0, 42]
 GREEDY = 40
 SAME = 1e-4  # of the largest logit
@@ -36,32 +28,6 @@ SAME = 1e-4  # of the largest logit
 def config_for_llama(**options: Any) -> MambaConfig:
     values: dict[str, Any] = {"vocab_size": 320, "d_model": 32, "n_layers": 2, "d_state": 16, "dt_rank": 3}
     return MambaConfig.create(**values | options)
-
-
-@cache
-def python_with_llama_cpp() -> str:
-    """This interpreter, or the peers' one; skips where neither has the package."""
-    if importlib.util.find_spec("llama_cpp") is not None:
-        return sys.executable
-    if PEERS.is_file() and subprocess.run([PEERS, "-c", "import llama_cpp"], capture_output=True).returncode == 0:
-        return str(PEERS)
-    pytest.skip("llama-cpp-python is not installed: pip install 'yunmin[peers]'")
-
-
-def in_llama_cpp(file: Path, *, text: str = "", prompt: list[int] | None = None, greedy: int = 0) -> dict[str, Any]:
-    """Runs `llama_child.py`: logits after the prompt, greedy ids, ids of the text."""
-    task = {"file": str(file), "text": text, "prompt": prompt or [], "greedy": greedy}
-    done = subprocess.run(
-        [python_with_llama_cpp(), CHILD],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 @torch.inference_mode()

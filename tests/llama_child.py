@@ -1,4 +1,4 @@
-"""llama.cpp's side of `test_gguf_llama.py`, for an interpreter that has `llama_cpp` and need not have pytest."""
+"""llama.cpp's side of `tests.llama`, for an interpreter that has `llama_cpp` and need not have pytest."""
 
 from __future__ import annotations
 
