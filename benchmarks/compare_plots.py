@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_OUR_COLOURS = ("#b3123b", "#e0526e", "#f2a0ae", "#7d0a27")
+_OUR_COLOURS = ("#b3123b", "#e0526e", "#f2a0ae", "#c46210", "#e39a4a", "#f3cf9b", "#7d0a27")
 _PEER_COLOURS = ("#1f4e79", "#3f7fb5", "#8fb8dc", "#6b6b6b", "#a0892c", "#4f7942", "#7a5195", "#999999")
 _MARKERS = "osD^vPX*"
 

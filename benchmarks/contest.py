@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.adapters.remote import Failed, Remote
-from benchmarks.contestants import Contestant, Say
+from benchmarks.contestant_files import Say
+from benchmarks.contestants import Contestant
 
 _LOAD_LIMIT_S = 600.0
 _CHECKED_TOKENS = 16

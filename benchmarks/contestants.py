@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.adapters.remote import Failed, Remote
-from yunmin.artifact import is_artifact, write_manifest
-from yunmin.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
+from benchmarks.contestant_files import Absent, Say, gguf_file, graph_artifact, openvino_folder, our_folder
+from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
-from yunmin.cost import cost_of
 from yunmin.errors import RequestError, YunminError
-from yunmin.files import atomic_folder
-from yunmin.quantization.layout import FLOAT32, Quantization, stored_tensors
-from yunmin.quantization.packing import pack_tensors
-from yunmin.quantization.rounding import round_tensors
-from yunmin.tokenizer import copy_tokenizer
+from yunmin.quantization.layout import Quantization, stored_tensors
 
-PEERS = ("transformers", "mambapy", "llama.cpp", "openvino", "onnxruntime")
 OURS = "ours"
+GRAPH = "onnxruntime"  # ours, too: the graph that yunmin exports, driven by its runtime
 # formats of an engine -> the precision by which contestants are alike
 FORMATS: dict[str, dict[str, str]] = {
     OURS: {"fp32": "fp32", "int8": "int8", "int4": "int4"},
@@ -33,15 +27,8 @@ FORMATS: dict[str, dict[str, str]] = {
     "transformers": {"fp32": "fp32"},
     "mambapy": {"fp32": "fp32"},
     "openvino": {"fp32": "fp32"},
-    "onnxruntime": {"fp32": "fp32"},
+    GRAPH: {"fp32": "fp32", "int8": "int8", "int4": "int4"},
 }
-_PREPARE_LIMIT_S = 1800.0
-
-Say = Callable[[str], None]
-
-
-class Absent(Exception):  # noqa: N818 (not an error: the report names it)
-    """A contestant cannot take part; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +41,7 @@ class Contestant:
         precision: of its weights: "fp32", "int8", "int4"; peers of the same precision are the like ones.
         model: what it reads.
         python: the interpreter it runs under.
-        is_ours: whether it is yunmin.
+        is_ours: whether it is yunmin, or its graph in ONNX Runtime.
         weight_bytes: that a decode step reads; only ours have it.
         config: where it is another model than the one compared; None for that one's.
     """
@@ -147,8 +134,8 @@ def gather(
 
 
 def default_python(engine: str, folder: Path = Path(".venv-peers")) -> str:
-    """The interpreter of an engine: ours, unless `make peers` has made an environment for it."""
-    if engine != OURS:
+    """The interpreter of an engine: that of yunmin, unless `make peers` has made an environment for it."""
+    if engine not in (OURS, GRAPH):
         for name in (engine, "common"):
             python = folder / name / "bin" / "python"
             if python.exists():
@@ -169,76 +156,18 @@ def _name(engine: str, kind: str) -> str:
 
 def _prepared(name: str, engine: str, kind: str, plain: Checkpoint, cache: Path, python: str, say: Say) -> Contestant:
     if engine == OURS:
-        folder, config, quantized = _our_folder(kind, plain, cache, say)
+        folder, config, quantized = our_folder(kind, plain, cache, say)
         stored = "fp32" if quantized.format == "none" else quantized.format
         size = bytes_read(config, quantized)
         other = None if config == plain.config else config
         return Contestant(name, "yunmin", stored, folder, python, is_ours=True, weight_bytes=size, config=other)
     precision = FORMATS[engine][kind]
+    if engine == GRAPH:
+        folder, quantized = graph_artifact(kind, plain, cache, say)
+        size = bytes_read(plain.config, quantized)
+        return Contestant(name, engine, precision, folder, python, is_ours=True, weight_bytes=size)
     if engine == "llama.cpp":
-        return Contestant(name, engine, precision, _gguf_file(kind, plain, cache, say), python)
+        return Contestant(name, engine, precision, gguf_file(kind, plain, cache, say), python)
     if engine == "openvino":
-        return Contestant(name, engine, precision, _openvino_folder(plain, cache, python, say), python)
-    if engine == "onnxruntime":
-        raise Absent("yunmin exports no ONNX graph yet, and no other exporter of Mamba keeps its state")
+        return Contestant(name, engine, precision, openvino_folder(plain, cache, python, say), python)
     return Contestant(name, engine, precision, plain.folder, python)
-
-
-def _our_folder(kind: str, plain: Checkpoint, cache: Path, say: Say) -> tuple[Path, MambaConfig, Quantization]:
-    """A folder that `yunmin.load` reads, its config, and how its weights are stored; made by rounding to nearest."""
-    if "=" in kind:
-        folder = Path(kind.partition("=")[2])
-        own = load_checkpoint(folder, quantized=True)
-        if (own.config.n_tokens, own.config.vocab_size) != (plain.config.n_tokens, plain.config.vocab_size):
-            raise Absent(f"{folder}: its vocabulary of {own.config.n_tokens} ids is not that of the compared model")
-        return folder, own.config, own.quantization
-    if kind == "fp32":
-        return plain.folder, plain.config, FLOAT32
-    quantized = Quantization("int8" if kind == "int8" else "int4")
-    folder = cache / kind
-    if not is_artifact(folder):
-        say(f"making {folder}")
-        weights = round_tensors(plain.tensors, quantized)
-        packed = pack_tensors(plain.config, plain.tensors, weights, quantized)
-        cost = cost_of(plain.config)
-        with atomic_folder(folder, replace=True) as aside:
-            write_checkpoint(aside, plain.config, packed, quantized)
-            copy_tokenizer(plain.folder, aside)
-            write_manifest(
-                aside,
-                provenance={"source": str(plain.folder), "made_by": "benchmarks.compare, rounding to nearest"},
-                before=cost,
-                after=cost,
-                cuts=[],
-                parity={},
-                quantization=quantized.format,
-            )
-    return folder, plain.config, quantized
-
-
-def _gguf_file(kind: str, plain: Checkpoint, cache: Path, say: Say) -> Path:
-    from export.gguf import write_gguf
-
-    path = cache / f"{kind}.gguf"
-    if not path.is_file():
-        say(f"making {path}")
-        write_gguf(path, plain.config, plain.tensors, kind=kind)
-    return path
-
-
-def _openvino_folder(plain: Checkpoint, cache: Path, python: str, say: Say) -> Path:
-    """Its own exporter makes it, under its own interpreter."""
-    folder = cache / "openvino"
-    if not (folder / "openvino_model.xml").is_file():
-        say(f"making {folder}, which takes a minute")
-        spec = {"kind": "openvino", "prepare": [str(plain.folder.absolute()), str(folder.absolute())]}
-        remote = None
-        try:
-            remote = Remote("adapters.server", spec, python=python, threads=1)
-            remote.read(_PREPARE_LIMIT_S)
-        except Failed as reason:
-            raise Absent(str(reason)) from None
-        finally:
-            if remote is not None:
-                remote.close()
-    return folder

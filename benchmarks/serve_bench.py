@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import serve_parts
 from benchmarks.adapters.remote import Failed, Remote
-from benchmarks.contestants import Absent
+from benchmarks.contestant_files import Absent
 from benchmarks.serve_client import Client, Request
 from benchmarks.serve_models import Served
 from benchmarks.serve_parts import Part, Plan, Prompts, completion, streams

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import FORMATS, OURS, Absent, gather
+from benchmarks.contestant_files import Absent
+from benchmarks.contestants import FORMATS, OURS, gather
 from benchmarks.progress import say
 from benchmarks.shapes import random_checkpoint
 from yunmin.artifact import is_artifact, load_artifact

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yunmin.threads  # noqa: F401 (takes back how our own threads wait, which is not for peers to inherit)
-from benchmarks.contestants import Absent, default_python
+from benchmarks.contestant_files import Absent
+from benchmarks.contestants import default_python
 from benchmarks.serve_client import Client, Request
 from yunmin.errors import YunminError
 

@@ -65,6 +65,7 @@ ENGINES: dict[str, tuple[str, str, str]] = {
     "transformers": ("transformers_engine", "TransformersEngine", "pip install 'yunmin[peers]'"),
     "mambapy": ("mambapy_engine", "MambapyEngine", "pip install 'yunmin[peers]'"),
     "llama.cpp": ("llama_engine", "LlamaEngine", "make peers, or pip install llama-cpp-python"),
+    "onnxruntime": ("onnxruntime_engine", "OnnxruntimeEngine", "pip install 'yunmin[onnx]'"),
     "openvino": ("openvino_engine", "OpenvinoEngine", "make peers, or pip install 'optimum-intel[openvino]'"),
 }
 

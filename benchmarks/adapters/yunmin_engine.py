@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from benchmarks.adapters.contract import Setup
 from yunmin import __version__
@@ -26,16 +26,18 @@ class YunminEngine:
     """See `Engine`."""
 
     can_continue = True
+    runtime: ClassVar[Literal["auto", "onnx"]] = "auto"
+    module = "yunmin.runtime.native.runtime"
 
     def __init__(self, setup: Setup) -> None:
-        importlib.import_module("yunmin.runtime.native.runtime")  # else `load` would, and that is timed
+        importlib.import_module(self.module)  # else `load` would, and that is timed
         self.folder = setup.model
         self.versions = {"yunmin": __version__, "torch": version("torch")}
         set_threads(setup.threads)
 
     def load(self) -> None:
         self._logits: Tensor
-        self.model: LanguageModel = load(self.folder, device="cpu")
+        self.model: LanguageModel = load(self.folder, device="cpu", runtime=self.runtime)
 
     def start(self, batch_size: int) -> None:
         self.state: MambaState = self.model.runtime.new_state(batch_size)

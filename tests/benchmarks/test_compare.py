@@ -216,15 +216,35 @@ def test_a_model_with_gates_is_not_compared_before_its_export(tmp_path: Path) ->
 def test_our_formats_are_made_from_the_same_weights_and_load(tmp_path: Path) -> None:
     plain = plain_checkpoint(None, "tiny", tmp_path)
     mine = f"mine={plain.folder}"
-    wanted = [("ours", "fp32"), ("ours", "int8"), ("ours", "int4"), ("ours", mine), ("onnxruntime", "fp32")]
+    wanted = [("ours", "fp32"), ("ours", "int8"), ("ours", "int4"), ("ours", mine)]
     field = gather(wanted, plain, tmp_path / "cache", pythons={}, say=lambda _: None)
     assert [c.name for c in field.contestants] == ["ours fp32", "ours int8", "ours int4", "ours mine"]
     assert [c.precision for c in field.contestants] == ["fp32", "int8", "int4", "fp32"]
-    assert set(field.absent) == {"onnxruntime"}
+    assert field.absent == {}
     stored = [load_checkpoint(c.model, quantized=True).quantization.format for c in field.contestants]
     assert stored == ["none", "int8", "int4", "none"]
     again = gather(wanted, plain, tmp_path / "cache", pythons={}, say=pytest.fail)
     assert again == field
+
+
+def test_graphs_are_made_of_the_same_weights_and_again_once_their_code_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = plain_checkpoint(None, "tiny", tmp_path)
+    wanted = [("onnxruntime", kind) for kind in ("fp32", "int8", "int4")]
+    field = gather(wanted, plain, tmp_path / "cache", pythons={}, say=lambda _: None)
+    assert [c.name for c in field.contestants] == ["onnxruntime fp32", "onnxruntime int8", "onnxruntime int4"]
+    for contestant, (_, kind) in zip(field.contestants, wanted, strict=True):
+        stored = "none" if kind == "fp32" else kind
+        assert contestant.is_ours
+        assert load_checkpoint(contestant.model, quantized=True).quantization.format == stored
+        assert contestant.weight_bytes == bytes_read(plain.config, Quantization(stored))
+        assert (contestant.model / "onnx/model.onnx").is_file()
+    assert gather(wanted, plain, tmp_path / "cache", pythons={}, say=pytest.fail) == field
+    made: list[str] = []
+    monkeypatch.setattr("benchmarks.contestant_files._digest", lambda _: "other code")
+    assert gather(wanted, plain, tmp_path / "cache", pythons={}, say=made.append) == field
+    assert len(made) == 3
 
 
 def test_a_folder_of_ours_has_the_limits_of_its_own_widths(tmp_path: Path) -> None:
@@ -338,16 +358,19 @@ def test_a_model_with_adapters_is_not_compared_before_its_export(tmp_path: Path)
 
 @pytest.mark.slow
 def test_whole_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "compare", "--shape", "tiny", "--contestants", "ours:int8,onnxruntime"]
+    argv = ["bench", "compare", "--shape", "tiny", "--contestants", "ours:int8,onnxruntime:fp32,openvino"]
+    argv += ["--python", "openvino=/nowhere/python"]
     argv += ["--prefill", "5", "--decode", "1,2", "--depths", "0,7", "--repeats", "1", "--budget", "0", "--no-limits"]
     assert main([*argv, "--threads", "1", "--out", str(tmp_path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / RESULT_FILE).read_text())
-    (ours,) = printed["contestants"]
-    assert {"prefill 5", "decode 1", "decode 2", "depth 0", "depth 7", "first token s", "peak MB"} <= set(
-        ours["summary"]
-    )
-    assert ours["notes"] == {}
-    assert printed["disagreement"] == {"ours int8": 0.0}
-    assert set(printed["absent"]) == {"onnxruntime"}
+    assert [contestant["name"] for contestant in printed["contestants"]] == ["ours int8", "onnxruntime fp32"]
+    for contestant in printed["contestants"]:
+        assert {"prefill 5", "decode 1", "decode 2", "depth 0", "depth 7", "first token s", "peak MB"} <= set(
+            contestant["summary"]
+        )
+        assert contestant["notes"] == {}
+    assert printed["disagreement"]["ours int8"] == 0.0
+    assert 0.0 < printed["disagreement"]["onnxruntime fp32"] < 0.1
+    assert set(printed["absent"]) == {"openvino"}
     assert (tmp_path / "compare.png").is_file()

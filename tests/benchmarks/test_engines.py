@@ -19,6 +19,7 @@ TEXTS = torch.tensor([[5, 300, 7, 7, 511, 0, 42, 9], [1, 2, 3, 4, 5, 6, 7, 8], [
 TOLERANCE = {"fp32": 1e-4, "openvino": 2e-2, "int8": 3e-2}
 FORMATS = [("yunmin", "ours", "fp32"), ("yunmin", "ours", "int8"), ("transformers", "transformers", "fp32")]
 FORMATS += [("mambapy", "mambapy", "fp32"), ("llama.cpp", "llama.cpp", "F32"), ("llama.cpp", "llama.cpp", "Q8_0")]
+FORMATS += [("onnxruntime", "onnxruntime", "fp32"), ("onnxruntime", "onnxruntime", "int8")]
 FORMATS += [("openvino", "openvino", "fp32")]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import serve
-from benchmarks.contestants import Absent
+from benchmarks.contestant_files import Absent
 from benchmarks.serve_models import served_artifact, served_shape
 from benchmarks.serve_parts import Prompts
 from benchmarks.serve_servers import llama_cpp_python, llama_server

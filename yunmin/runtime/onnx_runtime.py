@@ -25,7 +25,7 @@ class OnnxRuntime:
     runtime; their calls take turns. The graph is opened again where `yunmin.threads.get_threads` has changed.
 
     Args:
-        graph: an artifact's.
+        graph: an artifact's, whose files have just been compared with its manifest.
         config: that artifact's.
         device: a CPU or CUDA, see `yunmin.runtime.onnx_session.usable_device`.
 
@@ -147,6 +147,7 @@ class OnnxRuntime:
     def _current_session(self) -> GraphSession:
         threads = get_threads()
         if self._session.threads != threads:
+            self._graph.require_unchanged()
             self._session = GraphSession(self._graph, self._device, threads)
         return self._session
 

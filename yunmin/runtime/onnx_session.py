@@ -160,12 +160,11 @@ class GraphSession:
         past_names, present_names: of its states, in the order of `yunmin.runtime.onnx_state.Layout`.
 
     Raises:
-        ArtifactError: a file has changed, or the graph is damaged or not one of ours.
+        ArtifactError: the graph is damaged or not one of ours.
         ConfigError: its states are stacked, or this onnxruntime cannot compute it or has nothing for the device.
     """
 
     def __init__(self, graph: GraphFile, device: torch.device, threads: int) -> None:
-        graph.require_unchanged()
         self.device, self.threads = device, threads
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
