@@ -19,8 +19,9 @@ from prometheus_client import CollectorRegistry
 
 from serving.engine.engine import Engine
 from serving.engine.job import Job
-from serving.launch import load_served, start_engine
+from serving.launch import load_served
 from serving.settings import Settings
+from serving.start import start_engine
 from yunmin.sampling import SamplingParams
 
 _DEADLINE_S = 3600.0

@@ -110,7 +110,8 @@ async def _answer_all(
 
     from serving.api.app import create_app
     from serving.batch_caller import Caller, Progress
-    from serving.launch import make_backend, start_engine
+    from serving.launch import make_backend
+    from serving.start import start_engine
 
     engine = start_engine(model, settings, CollectorRegistry())
     try:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from yunmin.errors import ConfigError, MissingExtraError, YunminError
+from yunmin.cli import run
+from yunmin.errors import ConfigError, MissingExtraError
 
 SCHEME = "bentoml:"
 PACKED = "artifact"
@@ -112,13 +112,9 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("artifact", type=Path, help="folder that `yunmin export` wrote")
     arguments.add_argument("tag", help="NAME or NAME:VERSION in BentoML's store")
     options = arguments.parse_args(argv)
-    try:
-        print(store_artifact(options.artifact, options.tag))
-    except YunminError as error:
-        print(error, file=sys.stderr)
-        return 1
+    print(store_artifact(options.artifact, options.tag))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit(run(main))

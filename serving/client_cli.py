@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 from yunmin.cli import parser, print_json
+from yunmin.commands.prompt import add_prompt_arguments, read_prompt
 
 
 def main(argv: list[str]) -> int:
@@ -23,10 +22,7 @@ def main(argv: list[str]) -> int:
     )
     arguments.add_argument("url", help="grpc://HOST:PORT, or http://HOST:PORT for the generate_stream endpoint")
     arguments.add_argument("--model", default="mamba", metavar="NAME", help="its name in the repository (mamba)")
-    prompt = arguments.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="text to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue (- for stdin)")
-    prompt.add_argument("--token-ids", metavar="IDS", help="comma-separated token ids to continue")
+    add_prompt_arguments(arguments)
     arguments.add_argument("--max-tokens", type=int, metavar="N", help="limit of new tokens (128)")
     arguments.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (1.0)")
     arguments.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
@@ -40,8 +36,7 @@ def main(argv: list[str]) -> int:
     sampling = _sampling(options.sampling)
     given = {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed}
     sampling |= {name: value for name, value in given.items() if value is not None}
-    prompt_given = _prompt(options.prompt, options.prompt_file, options.token_ids)
-    answers = ask(options.url, options.model, prompt_given, sampling, timeout_s=options.timeout_s)
+    answers = ask(options.url, options.model, read_prompt(options), sampling, timeout_s=options.timeout_s)
     texts: list[str] = []
     token_ids: list[int] = []
     finish_reason: str | None = None
@@ -75,20 +70,3 @@ def _sampling(text: str | None) -> dict[str, object]:
     if not isinstance(value, dict):
         raise RequestError("--sampling", f"expected a JSON object, got {text!r:.80}")
     return value
-
-
-def _prompt(text: str | None, file: str | None, token_ids: str | None) -> str | list[int]:
-    from yunmin.errors import RequestError
-
-    if text is not None:
-        return text
-    if file is not None:
-        try:
-            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-            return data.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError("--prompt-file", f"{file}: {error}") from None
-    try:
-        return [int(part) for part in (token_ids or "").split(",")]
-    except ValueError:
-        raise RequestError("--token-ids", f"expected integers and commas, got {token_ids!r:.80}") from None

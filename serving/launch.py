@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry
-
 from serving.api.access import read_access
 from serving.api.backend import Backend
 from serving.api.chat_template import find_template
 from serving.engine.engine import Engine
-from serving.metrics import Metrics
 from serving.sessions.manager import Sessions
 from serving.settings import Settings, require_artifact
 from yunmin.language_model import LanguageModel, load
@@ -24,30 +21,6 @@ def load_served(settings: Settings) -> LanguageModel:
     if settings.threads:
         set_threads(settings.threads)
     return load(require_artifact(settings), device=settings.device, runtime=settings.runtime)
-
-
-def start_engine(model: LanguageModel, settings: Settings, counted: CollectorRegistry | Metrics) -> Engine:
-    """An engine that runs as the settings say, whose first request finds everything compiled.
-
-    Args:
-        model: to generate with.
-        settings: slots, queue, chunks, cache.
-        counted: where its metrics are registered, or those of the engine that it takes over from.
-    """
-    engine = Engine(
-        model.runtime,
-        model.tokenizer,
-        slots=settings.slots,
-        queue=settings.queue,
-        metrics=counted if isinstance(counted, Metrics) else Metrics(counted),
-        prefill_chunk=settings.prefill_chunk,
-        decode_stall=settings.decode_stall,
-        cache_bytes=settings.cache_bytes,
-        cache_interval=settings.cache_interval,
-    )
-    model.generate([0], max_tokens=2, temperature=1.0, seed=0)
-    engine.start()
-    return engine
 
 
 def make_backend(model: LanguageModel, engine: Engine, settings: Settings, sessions: Sessions | None = None) -> Backend:

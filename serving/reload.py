@@ -10,9 +10,9 @@ from starlette.applications import Starlette
 from serving.api.backend import Backend
 from serving.api.chat_template import find_template
 from serving.engine.job import EngineStoppedError
-from serving.launch import start_engine
 from serving.sessions.opening import named_states
 from serving.settings import Settings
+from serving.start import start_engine
 from yunmin.errors import ConfigError
 from yunmin.language_model import load
 

@@ -26,10 +26,11 @@ from serving.api.chat_template import find_template
 from serving.api.plain_errors import PlainErrors
 from serving.api.request_log import set_up_log
 from serving.engine.engine import Engine
-from serving.launch import load_served, make_backend, start_engine
+from serving.launch import load_served, make_backend
 from serving.sessions.manager import Sessions
 from serving.sessions.opening import open_sessions
 from serving.settings import read_settings, require_artifact
+from serving.start import start_engine
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel
 

@@ -14,6 +14,21 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
+# fields of `SamplingParams` that say how tokens are chosen and what ends them: a request of any protocol may set these
+CHOICE_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from yunmin.sampling import CHOICE_FIELDS
+
 TEXT_INPUT = "text_input"  # BYTES [1]: the prompt
 IDS_INPUT = "input_ids"  # INT64 [n]: the prompt as token ids, in place of text
 STREAM_INPUT = "stream"  # BOOL [1]: whether every token is a response, or all of them are one
@@ -16,21 +18,7 @@ IDS_OUTPUT = "token_ids"  # INT64 [n]: ids of the tokens behind it, none or one 
 REASON_OUTPUT = "finish_reason"  # BYTES [1]: "stop" or "length" in the last response, else empty
 
 # fields of `SamplingParams` that a request may set, in `sampling_parameters` or as request parameters
-SAMPLING_FIELDS = (
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-)
+SAMPLING_FIELDS = ("max_tokens", *CHOICE_FIELDS)
 
 # settings of `serving.settings.Settings` that `parameters` in config.pbtxt may give
 SETTINGS = (

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from yunmin.artifact import read_manifest
+from yunmin.cli import run
 from yunmin.config import MambaConfig
-from yunmin.errors import ArtifactError, ConfigError, YunminError
+from yunmin.errors import ArtifactError, ConfigError
 from yunmin.files import atomic_folder, write_json
 from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, INPUT_IDS, KEPT_LOGITS, LOGITS, GraphFacts
 from yunmin.tokenizer import copy_tokenizer
@@ -136,13 +136,9 @@ def main(argv: list[str]) -> int:
     arguments.add_argument("artifact", type=Path, help="artifact exported with --onnx")
     arguments.add_argument("out", type=Path, help="new folder for ONNX Runtime GenAI")
     options = arguments.parse_args(argv)
-    try:
-        write_genai(options.out, options.artifact)
-    except YunminError as error:
-        print(error, file=sys.stderr)
-        return 1
+    write_genai(options.out, options.artifact)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit(run(main))

@@ -8,24 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.api.failures import ApiError
 from yunmin.errors import RequestError
-from yunmin.sampling import SamplingParams, sampling_params_from
+from yunmin.sampling import CHOICE_FIELDS, SamplingParams, sampling_params_from
 
 MAX_PRIORITY = 10
 
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-)
 _EXPECTED = {
     "prompt": "must be a string, a list of token ids, or a list of either",
     "token_ids": "must be a list of integers",
@@ -155,7 +141,7 @@ class GenerationBody(Body):
         Raises:
             RequestError: a value is impossible; names the field.
         """
-        values = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
+        values = {name: getattr(self, name) for name in CHOICE_FIELDS}
         tokens = max_tokens
         if tokens is None:
             tokens = min(SamplingParams.max_tokens if default is None else default, limit)

@@ -18,15 +18,14 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
-from serving.engine.engine import Engine
 from serving.engine.job import DeadlineError, EngineStoppedError, Job, QueueFullError
 from serving.engine.streams import TokenStream
-from serving.metrics import Metrics
 from serving.settings import Settings
+from serving.start import start_engine
 from serving.triton.asked import Asked, read_request, require_short
 from yunmin.errors import ConfigError, RequestError, TokenizerError, YunminError
 from yunmin.generate import Piece
-from yunmin.language_model import LanguageModel, load
+from yunmin.language_model import load
 from yunmin.threads import set_threads
 from yunmin.triton_contract import ARTIFACT_FOLDER, IDS_OUTPUT, REASON_OUTPUT, SETTINGS, TEXT_OUTPUT
 
@@ -57,7 +56,7 @@ class TritonPythonModel:
         is_gpu = args.get("model_instance_kind") == "GPU"
         device = f"cuda:{args['model_instance_device_id']}" if is_gpu else "cpu"
         self._model = load(folder, device=device, runtime=self._settings.runtime)
-        self._engine = start_engine(self._model, self._settings)
+        self._engine = start_engine(self._model, self._settings, CollectorRegistry())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="yunmin-triton", daemon=True)
         self._thread.start()
@@ -170,24 +169,6 @@ def read_parameters(parameters: dict[str, dict[str, str]]) -> Settings:
         first = error.errors()[0]
         where = f"config.pbtxt: parameter {first['loc'][0]!r}"
         raise ConfigError(f"{where}: {first['msg'].lower()}, got {first['input']!r}") from None
-
-
-def start_engine(model: LanguageModel, settings: Settings) -> Engine:
-    """A running engine whose first request finds everything compiled."""
-    engine = Engine(
-        model.runtime,
-        model.tokenizer,
-        slots=settings.slots,
-        queue=settings.queue,
-        metrics=Metrics(CollectorRegistry()),
-        prefill_chunk=settings.prefill_chunk,
-        decode_stall=settings.decode_stall,
-        cache_bytes=settings.cache_bytes,
-        cache_interval=settings.cache_interval,
-    )
-    model.generate([0], max_tokens=2, temperature=1.0, seed=0)
-    engine.start()
-    return engine
 
 
 async def _leave_with(sender: Any, stream: TokenStream) -> None:

@@ -15,9 +15,10 @@ from starlette.applications import Starlette
 
 from serving.api.app import create_app
 from serving.api.request_log import set_up_log
-from serving.launch import make_backend, start_engine
+from serving.launch import make_backend
 from serving.sessions.opening import open_sessions
 from serving.settings import read_settings
+from serving.start import start_engine
 from tests.serving.engines import run
 from yunmin.language_model import LanguageModel
 

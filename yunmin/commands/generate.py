@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yunmin.cli import parser, print_json
+from yunmin.commands.prompt import add_prompt_arguments, read_prompt
 
 if TYPE_CHECKING:  # `--help` is instant
     from yunmin.constraints import Constraint
@@ -28,10 +28,7 @@ def main(argv: list[str]) -> int:
         ],
     )
     arguments.add_argument("model", help="artifact, run folder, checkpoint folder, or Hub id when online")
-    prompt = arguments.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="text to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue (- for stdin)")
-    prompt.add_argument("--token-ids", metavar="IDS", help="comma-separated token ids to continue")
+    add_prompt_arguments(arguments)
     arguments.add_argument("--max-tokens", type=int, default=128, metavar="N", help="limit of new tokens (128)")
     arguments.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (1.0)")
     arguments.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K best tokens (0: all)")
@@ -60,7 +57,7 @@ def main(argv: list[str]) -> int:
     from yunmin.sampling import sampling_params_from
     from yunmin.threads import set_threads
 
-    text_or_ids = _prompt(options.prompt, options.prompt_file, options.token_ids)
+    text_or_ids = read_prompt(options)
     names = "max_tokens temperature top_k top_p min_p repetition_penalty seed stop ignore_eos logprobs".split()
     params = {name: getattr(options, name) for name in names}
     params["stop_token_ids"] = options.stop_id
@@ -116,20 +113,3 @@ def _logprobs(completion: Completion, tokenizer: Tokenizer | None) -> list[dict[
             completion.token_ids, completion.logprobs or (), completion.top_logprobs or (), strict=True
         )
     ]
-
-
-def _prompt(text: str | None, file: str | None, token_ids: str | None) -> str | list[int]:
-    from yunmin.errors import RequestError
-
-    if text is not None:
-        return text
-    if file is not None:
-        try:
-            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-            return data.decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError("prompt-file", f"{file}: {error}") from None
-    try:
-        return [int(part) for part in (token_ids or "").split(",")]
-    except ValueError:
-        raise RequestError("token-ids", f"must be integers separated by commas, got {token_ids!r}") from None
