@@ -1,31 +1,31 @@
-"""ONNX Runtime GenAI generates from an artifact's graph what we generate."""
+"""ONNX Runtime GenAI generates from an exported artifact's graph what we generate."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 
 import yunmin
-from export.onnx_graph import genai
-from export.onnx_graph.emit import GraphOptions, write_graph
-from export.onnx_graph.genai import genai_config, write_genai
+from export.cli import main as export_main
+from export.onnx_graph.genai import genai_config, main
 from tests.export import genai_peer
-from yunmin.axes import expected_shapes
+from tests.models import TEXT, random_tensors
+from tests.peer_venv import peer_python
 from yunmin.checkpoint import load_checkpoint, write_checkpoint
+from yunmin.cli import run
 from yunmin.config import MambaConfig
-from yunmin.errors import ArtifactError, ConfigError
+from yunmin.errors import ConfigError
 from yunmin.tokenizer import Tokenizer
 
 PROMPT = [5, 6, 7]
+COUNT = 60
+PACKAGES = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
+Captured = pytest.CaptureFixture[str]
 
 
 def _config(**changes: object) -> MambaConfig:
@@ -33,61 +33,63 @@ def _config(**changes: object) -> MambaConfig:
     return MambaConfig.create(**{**fields, "dt_rank": 3, "eos_token_ids": (0,), **changes})  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint with a graph whose padding ids have the best logits."""
-    folder = tmp_path / "artifact"
-    folder.mkdir()
-    tokenizer = Tokenizer.train(["def main(argument): return argument\n"] * 4, 300)
-    tokenizer.save(folder)
-    config = _config(n_tokens=tokenizer.vocab_size, tie_word_embeddings=False).with_widths(
-        d_inner=[40] * 3, d_state=[3] * 3
-    )
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * (0.6 if len(shape) > 1 else 0.3)
-        for name, shape in expected_shapes(config).items()
-    }
-    tensors["lm_head.weight"][config.n_tokens :] *= 10
+def _export(folder: Path, *options: str) -> Path:
+    """Exports a model whose padding ids have the best logits, and whose text never ends by itself."""
+    source = folder / "source"
+    source.mkdir()
+    config = _config(tie_word_embeddings=False, use_bias=True).with_widths(d_inner=[40] * 3, d_state=[3] * 3)
+    tokenizer = Tokenizer.train([TEXT], 300)
+    tokenizer.save(source)
+    tensors = random_tensors(config, seed=1)
+    tensors["lm_head.weight"][tokenizer.vocab_size :] *= 10
     tensors["lm_head.weight"][0] = 0.0
-    write_checkpoint(folder, config, tensors)
-    (folder / "onnx").mkdir()
-    write_graph(folder / "onnx" / "model.onnx", load_checkpoint(folder), GraphOptions())
-    monkeypatch.setattr(genai, "read_manifest", lambda folder: None)  # it is not a whole artifact
-    return folder
+    write_checkpoint(source, config, tensors)
+    assert run(export_main, [str(source), str(folder / "artifact"), "--onnx", *options]) == 0
+    return folder / "artifact"
 
 
-def _expected(artifact: Path, n: int) -> list[int]:
-    return list(yunmin.load(artifact, runtime="torch").generate(PROMPT, max_tokens=n, temperature=0.0).token_ids)
-
-
-def test_the_graph_has_the_last_logits_of_the_tokens_that_exist(artifact: Path, tmp_path: Path) -> None:
-    write_genai(tmp_path / "genai", artifact)
+def test_the_graph_has_the_last_logits_of_the_tokens_that_exist(tmp_path: Path) -> None:
+    artifact = _export(tmp_path)
+    assert run(main, [str(artifact), str(tmp_path / "genai")]) == 0
     session = onnxruntime.InferenceSession(tmp_path / "genai" / "model.onnx", providers=["CPUExecutionProvider"])
     feeds: dict[str, np.ndarray] = {"input_ids": np.array([PROMPT])}
     for value in session.get_inputs()[1:]:
         feeds[value.name] = np.zeros((1, *value.shape[1:]), np.float32)
     (logits,) = session.run(["logits"], feeds)
     assert logits.shape == (1, 1, load_checkpoint(artifact).config.n_tokens)
-    assert int(logits[0, 0].argmax()) == _expected(artifact, 1)[0]
+    expected = yunmin.load(artifact, runtime="torch").generate(PROMPT, max_tokens=1, temperature=0.0)
+    assert int(logits[0, 0].argmax()) == expected.token_ids[0]
 
 
 @pytest.mark.slow
-def test_genai_generates_our_greedy_tokens(artifact: Path, tmp_path: Path) -> None:
-    python = os.environ.get("YUNMIN_GENAI_PYTHON") or sys.executable
-    if python == sys.executable and importlib.util.find_spec("onnxruntime_genai") is None:
-        pytest.skip("needs onnxruntime-genai: install it, or name a Python that has it by YUNMIN_GENAI_PYTHON")
-    write_genai(tmp_path / "genai", artifact)
-    command = [python, genai_peer.__file__, str(tmp_path / "genai"), json.dumps(PROMPT), "60"]
+@pytest.mark.parametrize(("flavour", "precision"), [("ort", "fp32"), ("ort", "int8"), ("portable", "int8")])
+def test_genai_generates_our_greedy_tokens(tmp_path: Path, flavour: str, precision: str) -> None:
+    python = peer_python("genai", *PACKAGES)
+    artifact = _export(tmp_path, "--onnx-flavour", flavour, "--onnx-precision", precision)
+    assert run(main, [str(artifact), str(tmp_path / "genai")]) == 0
+    command = [str(python), genai_peer.__file__, str(tmp_path / "genai"), json.dumps(PROMPT), str(COUNT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [PROMPT + _expected(artifact, 60)] * 2
+    model = yunmin.load(artifact, runtime="torch" if precision == "fp32" else "onnx")
+    expected = model.generate(PROMPT, max_tokens=COUNT, temperature=0.0).token_ids
+    assert len(expected) == COUNT
+    assert len(set(expected)) > COUNT // 4  # no loop that any model would fall into
+    assert json.loads(done.stdout) == [[*PROMPT, *expected]] * 2
 
 
-def test_an_artifact_without_a_graph_is_refused(tmp_path: Path, artifact: Path) -> None:
-    (artifact / "onnx" / "model.onnx").unlink()
-    with pytest.raises(ArtifactError, match="--onnx"):
-        write_genai(tmp_path / "genai", artifact)
+def test_an_artifact_without_a_graph_is_refused_and_an_existing_folder_left_alone(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    artifact = _export(tmp_path)
+    (tmp_path / "taken").mkdir()
+    capsys.readouterr()
+    assert run(main, [str(artifact), str(tmp_path / "taken")]) == 1
+    assert "taken: exists already" in capsys.readouterr().err
+    assert list((tmp_path / "taken").iterdir()) == []
+    assert run(export_main, [str(tmp_path / "source"), str(tmp_path / "plain")]) == 0
+    capsys.readouterr()
+    assert run(main, [str(tmp_path / "plain"), str(tmp_path / "genai")]) == 1
+    assert "has no ONNX graph; export it with --onnx" in capsys.readouterr().err
     assert not (tmp_path / "genai").exists()
 
 

@@ -1,0 +1,37 @@
+"""Environments of their own for other people's packages, which the tests' one does not take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_FOLDER = Path(__file__).resolve().parents[1] / ".venv-peers"
+_BUILD_S = 300
+
+
+def peer_python(name: str, *requirements: str) -> Path:
+    """The interpreter of an environment, made where it is not there yet; skips, and says why, where it cannot be.
+
+    Args:
+        name: of its folder in `.venv-peers`.
+        requirements: what pip installs; other ones than before make it again.
+    """
+    venv = _FOLDER / name
+    python, stamp = venv / "bin" / "python", venv / ".installed"
+    wanted = "\n".join([sys.version, *requirements])
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        commands = [
+            [sys.executable, "-m", "venv", "--clear", str(venv)],
+            [str(python), "-m", "pip", "install", "--quiet", *requirements],
+        ]
+        try:
+            for command in commands:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_S)
+        except (subprocess.SubprocessError, OSError) as error:
+            last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            pytest.skip(f"{', '.join(requirements)} cannot be installed here: {last}")
+        stamp.write_text(wanted)
+    return python
