@@ -3,13 +3,14 @@
 Names, metadata and the choice of what stays in float32 follow `conversion/mamba.py` and `conversion/base.py` of
 llama.cpp: A is stored as -exp(A_log), the convolution without its middle axis; vectors, norms, the convolution, A and D
 stay F32; a matrix whose rows are no multiple of the format's block is stored in F16, as there. Unlike `llama-quantize`,
-which keeps the head in Q6_K, every matrix takes the one type asked for.
+which keeps the head in Q6_K, every matrix takes the one type asked for. Padding of the vocabulary is left out, since
+llama.cpp samples any row that there is.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,20 +21,17 @@ import torch
 from torch import Tensor
 
 from export.gguf_readback import require_faithful
-from export.gguf_tokenizer import TokenTable, chat_template_of, token_table
-from yunmin.artifact import is_artifact, load_artifact
+from export.gguf_tokenizer import TokenTable, token_table
 from yunmin.axes import layer_prefix
-from yunmin.checkpoint import Checkpoint, load_checkpoint, refuse_quantized
-from yunmin.cli import run
 from yunmin.config import MambaConfig
-from yunmin.errors import CheckpointError, ConfigError, MissingExtraError
+from yunmin.errors import ConfigError, MissingExtraError
 from yunmin.files import atomic_file
 from yunmin.model import check_tensors
-from yunmin.pillars import PILLARS_FILE
 from yunmin.tokenizer import Tokenizer
 
 GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_0")
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
+_BY_TOKEN = ("backbone.embeddings.weight", "lm_head.weight")
 _CONTEXT_LENGTH = 2**20  # the converter's: a Mamba has no limit, and readers want a number
 
 Array = npt.NDArray[Any]
@@ -76,9 +74,11 @@ def write_gguf(
     gguf = _gguf()
     check_tensors(config, tensors)
     check_fits_llama_cpp(config)
+    rows = config.n_tokens if tokenizer is None else max(config.n_tokens, tokenizer.vocab_size)
+    config, tensors = _with_rows(rows, config, tensors)
     table = None if tokenizer is None else token_table(tokenizer, config)
     with atomic_file(path) as aside:
-        say(f"writing {kind}")
+        say(f"writing GGUF ({kind})")
         writer = gguf.GGUFWriter(aside, "mamba")
         _add_metadata(writer, gguf, config, kind, name)
         _add_tokenizer(writer, config, table)
@@ -140,46 +140,6 @@ def gguf_tensors(config: MambaConfig, tensors: Mapping[str, Tensor], kind: str) 
         yield new_name, stored, dtype
 
 
-def main(argv: list[str]) -> int:
-    """`python -m export.gguf SOURCE OUT [--type q8_0]`."""
-    arguments = argparse.ArgumentParser(
-        prog="python -m export.gguf", description="Writes an artifact or a plain checkpoint as a GGUF file."
-    )
-    arguments.add_argument("source", help="artifact or plain checkpoint folder, or Hub id when online")
-    arguments.add_argument("out", type=Path, help="file to write")
-    arguments.add_argument("--type", default="q8_0", help=f"{', '.join(GGUF_TYPES).lower()} (%(default)s)")
-    options = arguments.parse_args(argv)
-    checkpoint = _load_plain(options.source)
-    kind = gguf_type_named(options.type)
-    write_gguf(
-        options.out,
-        checkpoint.config,
-        checkpoint.tensors,
-        kind=kind,
-        tokenizer=checkpoint.tokenizer,
-        chat_template=chat_template_of(checkpoint.folder),
-        name=checkpoint.folder.name,
-    )
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {kind}")
-    return 0
-
-
-def _load_plain(source: str) -> Checkpoint:
-    """An artifact, or a checkpoint whose weights are the whole model."""
-    if is_artifact(source):
-        artifact, _ = load_artifact(source)
-        refuse_quantized(source, artifact.quantization)
-        return artifact
-    checkpoint = load_checkpoint(source)
-    for part in (PILLARS_FILE, "adapters"):
-        if (checkpoint.folder / part).exists():
-            raise CheckpointError(
-                f"{checkpoint.folder}: expected an artifact or a plain checkpoint, found {part}: "
-                "make an artifact of it first, with yunmin export"
-            )
-    return checkpoint
-
-
 def _gguf() -> ModuleType:
     try:
         import gguf
@@ -207,6 +167,24 @@ def check_fits_llama_cpp(config: MambaConfig) -> None:
                 f"GGUF: layer {layer}: llama.cpp's mamba takes one d_state for all layers, found {n_state} "
                 f"beside {config.d_state[0]}"
             )
+
+
+def _with_rows(
+    count: int, config: MambaConfig, tensors: Mapping[str, Tensor]
+) -> tuple[MambaConfig, Mapping[str, Tensor]]:
+    """The model with the first `count` rows of its embedding and head, and without ids of others."""
+
+    def kept(token_id: int | None) -> int | None:
+        return token_id if token_id is not None and token_id < count else None
+
+    smaller = replace(
+        config,
+        vocab_size=count,
+        bos_token_id=kept(config.bos_token_id),
+        eos_token_ids=tuple(token_id for token_id in config.eos_token_ids if token_id < count),
+        pad_token_id=kept(config.pad_token_id),
+    )
+    return smaller, {**tensors, **{name: tensors[name][:count] for name in _BY_TOKEN if name in tensors}}
 
 
 def _with_conv_bias(config: MambaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -248,11 +226,7 @@ def _add_tokenizer(writer: Any, config: MambaConfig, table: TokenTable | None) -
     writer.add_token_types(table.types)
     writer.add_token_merges(table.merges)
     writer.add_add_bos_token(False)
-    ids = {"bos": config.bos_token_id, "eos": table.eos_id, "eot": table.eot_id, "pad": config.pad_token_id}
+    ids = {"bos": config.bos_token_id, "pad": config.pad_token_id, **table.end_ids}
     for role, token_id in ids.items():
         if token_id is not None:
             getattr(writer, f"add_{role}_token_id")(token_id)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor
 
-from export.gguf import GGUF_TYPES, main, write_gguf
-from tests.export.fixtures import TEXT, write_source
-from tests.models import random_tensors
-from tests.quantization.fixtures import write_quantized
+from export.cli import main as export_main
+from export.compact import compact_model, read_source
+from export.gguf import GGUF_TYPES, write_gguf
+from export.gguf_readback import checkpoint_tensors
+from tests.export.fixtures import TEXT, ia3, lora, write_source
+from tests.models import random_pillars, random_tensors
 from yunmin.cli import run
 from yunmin.config import MambaConfig
 from yunmin.errors import ConfigError, MissingExtraError, TokenizerError
@@ -132,13 +136,45 @@ def test_tokenizer_section_has_every_row_of_the_embedding(tmp_path: Path) -> Non
     assert len(field(tmp_path / "model.gguf", "tokenizer.ggml.merges")) == known - 257
 
 
-def test_a_tokenizer_that_splits_otherwise_is_refused() -> None:
-    from tokenizers import pre_tokenizers
-
+def test_padding_of_the_vocabulary_is_left_out_with_the_ids_that_name_it(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train([TEXT], 300)
-    tokenizer.backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = config_for_llama(n_tokens=300, tie_word_embeddings=False, pad_token_id=319, eos_token_ids=(0, 310))
+    tensors = random_tensors(config)
+    out = tmp_path / "model.gguf"
+    write_gguf(out, config, tensors, tokenizer=tokenizer)
+    found = read_back(out)
+    assert torch.equal(found["token_embd.weight"][1], tensors["backbone.embeddings.weight"][:300])
+    assert torch.equal(found["output.weight"][1], tensors["lm_head.weight"][:300])
+    assert len(field(out, "tokenizer.ggml.tokens")) == 300
+    assert [field(out, f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "padding")] == [0, None, None]
+
+
+def test_three_ids_may_end_a_text_and_a_fourth_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train([TEXT], 300)
+    config = config_for_llama(eos_token_ids=(9, 8, 0))
+    write_gguf(tmp_path / "model.gguf", config, random_tensors(config), tokenizer=tokenizer)
+    ends = [field(tmp_path / "model.gguf", f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    assert ends == [0, 9, 8]
+    config = config_for_llama(eos_token_ids=(9, 8, 0, 7))
+    with pytest.raises(TokenizerError, match="places for 3 ids that end a text, found 4"):
+        write_gguf("never.gguf", config, random_tensors(config), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("pre_tokenizer", pre_tokenizers.Whitespace(), "expected the pre-tokenizer ByteLevel .* found .*Whitespace"),
+        ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True), "no prefix space, found"),
+        ("normalizer", normalizers.Lowercase(), "expected no normalizer but NFC, found .*Lowercase"),
+        ("model.ignore_merges", True, "has no ignore_merges"),
+    ],
+)
+def test_a_tokenizer_that_splits_otherwise_is_refused(option: str, value: Any, message: str) -> None:
+    tokenizer = Tokenizer.train([TEXT], 300)
+    owner, _, attribute = option.rpartition(".")
+    setattr(getattr(tokenizer.backend, owner) if owner else tokenizer.backend, attribute, value)
     config = config_for_llama()
-    with pytest.raises(TokenizerError, match=r"expected the pre-tokenizer ByteLevel .* found .*Whitespace"):
+    with pytest.raises(TokenizerError, match=message):
         write_gguf("never.gguf", config, random_tensors(config), tokenizer=tokenizer)
 
 
@@ -178,22 +214,25 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         write_gguf("never.gguf", config, random_tensors(config))
 
 
-def test_command_writes_a_checkpoint_and_refuses_one_with_pillars(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_command_writes_the_merged_cut_and_ordered_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     config = config_for_llama()
-    source = write_source(tmp_path / "source", config)
+    pillars = random_pillars(config)
+    pillars = replace(pillars, channel_gates=tuple(gate.clamp(min=0.2) for gate in pillars.channel_gates))
+    adapters = {"lora": lora("in_proj", "dt_proj"), "ia3": ia3("x_proj", "out_proj", inputs=("out_proj",))}
+    source = write_source(tmp_path / "source", config, pillars=pillars, adapters=adapters)
     out = tmp_path / "model.gguf"
-    assert run(main, [str(source), str(out), "--type", "q4_0"]) == 0
-    assert read_back(out)["blk.0.ssm_in.weight"][0] == "Q4_0"
-    assert "Q4_0" in capsys.readouterr().out
-    (source / "pillars.safetensors").touch()
-    assert run(main, [str(source), str(out)]) == 1
-    assert "expected an artifact or a plain checkpoint, found pillars.safetensors" in capsys.readouterr().err
-
-
-def test_command_refuses_weights_that_are_integers_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_quantized(tmp_path / "source", config_for_llama(), "int8")
-    assert run(main, [str(source), str(tmp_path / "model.gguf")]) == 1
-    assert "expected float32 weights, found int8 ones" in capsys.readouterr().err
-    assert not (tmp_path / "model.gguf").exists()
+    command = [str(source), str(out), "--format", "gguf", "--gguf-type", kind.lower()]
+    assert run(export_main, command) == 0
+    assert "model.gguf: written as gguf, read back and compared" in capsys.readouterr().out
+    expected = compact_model(read_source(source)).cast(torch.float32).tensors
+    found = checkpoint_tensors(out)
+    limit = 1e-6 if kind == "F32" else ERROR[kind] + ERROR["F16"]
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (found[name] - values).abs().max() <= limit * values.abs().max(), name
+    assert field(out, "mamba.ssm.state_size") == 4  # of 6
+    assert read_back(out)["blk.1.ssm_out.weight"][0] == kind
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "source"]
