@@ -53,6 +53,5 @@ def export_format(
     exact = exact_export(read, probe, texts_for(read, options), options, report)
     report(f"verifying in float32 on {probe.tokens} tokens")
     proof = Proof(exact.parity, {}).joined(verify_float32(exact.checkpoint, exact.expected, probe))
-    report(f"writing {options.format}")
     write_format(options.format, out, exact.checkpoint, gguf_type=gguf_type, force=force, report=report)
     return proof

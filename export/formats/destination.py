@@ -17,6 +17,8 @@ def require_free_folder(out: Path, *, force: bool) -> None:
         ArtifactError: see `export.formats.check_format_destination`.
     """
     _require_parent(out)
+    if out.name in ("", ".."):
+        raise ArtifactError(f"{out}: expected the name of a folder to write")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ArtifactError(f"{out}: expected a folder to write, found a file or a link")
     if not out.exists() or not any(out.iterdir()):

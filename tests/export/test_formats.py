@@ -205,6 +205,18 @@ def test_a_second_export_replaces_the_first_only_when_forced_and_never_anything_
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("out", [".", ".."])
+def test_a_folder_without_a_name_of_its_own_is_refused_before_any_work(
+    tmp_path: Path, kind: FormatKind, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty working folder may not give way: who stands in it would stand in one that is gone."""
+    (tmp_path / "empty/empty").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty/empty")
+    with pytest.raises(ArtifactError, match=r"^\.\.?: expected "):
+        check_format_destination(kind, out)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_nothing_is_left_when_what_was_read_back_differs(
     tmp_path: Path, kind: FormatKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
