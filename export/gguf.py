@@ -10,6 +10,7 @@ llama.cpp samples any row that there is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -79,17 +80,16 @@ def write_gguf(
     table = None if tokenizer is None else token_table(tokenizer, config)
     with atomic_file(path) as aside:
         say(f"writing GGUF ({kind})")
-        writer = gguf.GGUFWriter(aside, "mamba")
-        _add_metadata(writer, gguf, config, kind, name)
-        _add_tokenizer(writer, config, table)
-        if chat_template is not None:
-            writer.add_chat_template(chat_template)
-        for tensor_name, values, dtype in gguf_tensors(config, tensors, kind):
-            writer.add_tensor(tensor_name, values, raw_dtype=dtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with closing(gguf.GGUFWriter(aside, "mamba")) as writer:
+            _add_metadata(writer, gguf, config, kind, name)
+            _add_tokenizer(writer, config, table)
+            if chat_template is not None:
+                writer.add_chat_template(chat_template)
+            for tensor_name, values, dtype in gguf_tensors(config, tensors, kind):
+                writer.add_tensor(tensor_name, values, raw_dtype=dtype)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         del writer  # and the tensors in it
         say("verifying what was written")
         require_faithful(aside, config, tensors, str(path))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from export.formats import hf, mamba_ssm
 from export.formats.destination import require_free_file, require_free_folder
 from export.formats.folder import write_folder
@@ -107,5 +109,5 @@ def write_format(
             )
         else:
             write_folder(kind, _FOLDERS[kind].write, out, checkpoint, force=force, report=report)
-    except OSError as error:
-        raise ArtifactError(f"{out}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None

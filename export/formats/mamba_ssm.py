@@ -89,10 +89,16 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     Args:
         folder: exists already.
         checkpoint: float32 weights of a model that passes `check`.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     config = checkpoint.config
     write_json(folder / "config.json", config_of(config))
-    torch.save(state_dict_of(config, checkpoint.tensors), folder / "pytorch_model.bin")
+    try:
+        torch.save(state_dict_of(config, checkpoint.tensors), folder / "pytorch_model.bin")
+    except RuntimeError as error:  # how torch says that the disk is full
+        raise OSError(f"pytorch_model.bin: {str(error).splitlines()[0]}") from None
     if config.eos_token_ids:
         write_json(folder / "generation_config.json", {"eos_token_id": list(config.eos_token_ids)})
 

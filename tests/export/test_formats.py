@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,23 @@ def test_nothing_is_left_when_what_was_read_back_differs(
     with pytest.raises(VerificationError, match=f"out: read back, tensor '{spoiled}'"):
         write_format(kind, tmp_path / "out", checkpoint)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_full_disk_is_one_line_and_what_was_there_before_stays(tmp_path: Path, kind: FormatKind) -> None:
+    config = MambaConfig.create(vocab_size=300, d_model=16, n_layers=2, d_state=6, dt_rank=3)
+    checkpoint = source(tmp_path / "source", config)
+    write_format(kind, tmp_path / "out", checkpoint, gguf_type="f32")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))  # bytes of a file: the tokenizer fits
+    try:
+        with pytest.raises(ArtifactError, match="out: cannot be written: "):
+            write_format(kind, tmp_path / "out", checkpoint, gguf_type="f32", force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    if kind != "gguf":
+        assert_same_model(load_checkpoint(tmp_path / "out"), checkpoint)
 
 
 def test_a_weight_beyond_the_range_of_f16_is_refused(tmp_path: Path) -> None:
