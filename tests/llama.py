@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from functools import cache
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHILD = Path(__file__).with_name("llama_child.py")
 PEERS = ROOT / ".venv-peers/common/bin/python"  # where `yunmin bench compare` has llama-cpp-python installed
 
 
@@ -32,11 +30,11 @@ def in_llama_cpp(file: Path, *, text: str = "", prompt: list[int] | None = None,
     """Runs `llama_child.py`: logits after the prompt, greedy ids, ids of the text."""
     task = {"file": str(file), "text": text, "prompt": prompt or [], "greedy": greedy}
     done = subprocess.run(
-        [python_with_llama_cpp(), CHILD],
+        [python_with_llama_cpp(), "-m", "tests.llama_child"],
         input=json.dumps(task),
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]

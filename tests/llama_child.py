@@ -18,6 +18,14 @@ def main() -> None:
     task = json.load(sys.stdin)
     result: dict[str, Any] = {}
     engine = LlamaEngine(Setup(task["file"], 1, {}))
+    defaults = llama_cpp.llama_model_default_params
+
+    def without_repacking() -> Any:  # of quantized weights: what it makes for AMX crashes on some machines
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = without_repacking
     engine.load()
     if task["text"]:
         buffer = (ctypes.c_int32 * 200)()

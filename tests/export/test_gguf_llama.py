@@ -66,9 +66,22 @@ def test_llama_cpp_generates_the_same_greedy_tokens_from_f32(tmp_path: Path, tie
         assert row.max() - row[token_id] <= SAME * row.abs().max()
 
 
-def test_llama_cpp_splits_text_as_we_do(tmp_path: Path) -> None:
+def test_llama_cpp_never_generates_padding_of_the_vocabulary(tmp_path: Path) -> None:
+    config = config_for_llama(tie_word_embeddings=False, n_tokens=300)
+    tensors = random_tensors(config)
+    tensors["lm_head.weight"][300:] *= 50  # would win nearly every time
+    write_gguf(tmp_path / "model.gguf", config, tensors)
+    found = in_llama_cpp(tmp_path / "model.gguf", prompt=[3, 250, 7], greedy=GREEDY)["greedy"]
+    rows = logits_of(config, tensors, [3, 250, 7, *found])[2:-1, :300]
+    for token_id, row in zip(found, rows, strict=True):
+        assert row.max() - row[token_id] <= SAME * row.abs().max()
+
+
+@pytest.mark.parametrize("added", [[], ["  ", "    "]])
+def test_llama_cpp_splits_text_as_we_do(tmp_path: Path, added: list[str]) -> None:
     tokenizer = Tokenizer.train([TEXT], 310)
+    tokenizer.backend.add_tokens(added)
     config = config_for_llama()
     write_gguf(tmp_path / "model.gguf", config, random_tensors(config), tokenizer=tokenizer)
-    text = "Grüße, the 12 quick\n\n  foxes' jumps;\ttheir lazy dogs… 速い"
+    text = "Grüße, the 12 quick\n\n  foxes' jumps      over;\ttheir lazy dogs… 速い"
     assert in_llama_cpp(tmp_path / "model.gguf", text=text)["ids"] == tokenizer.encode(text)
