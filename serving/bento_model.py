@@ -87,6 +87,8 @@ def store_artifact(artifact: Path, tag: str) -> str:
     bentoml = _bentoml()
     from yunmin.artifact import read_manifest
 
+    if tag.endswith(":latest"):  # BentoML would make a folder of that name, where it keeps a pointer to the newest
+        raise ConfigError(f"{tag}: latest names the newest version; expected NAME or NAME:VERSION")
     read_manifest(artifact)
     labels = {"framework": "yunmin"}
     try:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from serving.bento_model import own_artifact
+from serving.bento_model import own_artifact, store_artifact
 from serving.settings import read_settings
 from tests.serving.fixtures import ROOT, free_port, server, write_model
 from yunmin.errors import ConfigError
@@ -44,6 +44,11 @@ def test_code_outside_of_a_bento_has_no_model_of_its_own(tmp_path: Path) -> None
 def test_a_model_that_the_store_lacks_is_named() -> None:
     with pytest.raises(ConfigError, match="bentoml:nowhere_to_be_found"):
         read_settings({"YUNMIN_ARTIFACT": "bentoml:nowhere_to_be_found"})
+
+
+def test_a_version_cannot_be_called_latest_which_is_how_the_newest_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mamba:latest: latest names the newest version"):
+        store_artifact(tmp_path, "mamba:latest")
 
 
 @pytest.fixture
