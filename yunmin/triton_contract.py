@@ -10,17 +10,17 @@ from yunmin.sampling import CHOICE_FIELDS
 
 TEXT_INPUT = "text_input"  # BYTES [1]: the prompt
 IDS_INPUT = "input_ids"  # INT64 [n]: the prompt as token ids, in place of text
-STREAM_INPUT = "stream"  # BOOL [1]: whether every token is a response, or all of them are one
+STREAM_INPUT = "stream"  # BOOL [1]: whether tokens are sent as they come, or all of them at the end
 SAMPLING_INPUT = "sampling_parameters"  # BYTES [1]: a JSON object of fields of `yunmin.sampling.SamplingParams`
 
 TEXT_OUTPUT = "text_output"  # BYTES [1]: text that became certain
-IDS_OUTPUT = "token_ids"  # INT64 [n]: ids of the tokens behind it, none or one where every token is a response
+IDS_OUTPUT = "token_ids"  # INT64 [n]: ids of the tokens behind it
 REASON_OUTPUT = "finish_reason"  # BYTES [1]: "stop" or "length" in the last response, else empty
 
 # fields of `SamplingParams` that a request may set, in `sampling_parameters` or as request parameters
 SAMPLING_FIELDS = ("max_tokens", *CHOICE_FIELDS)
 
-# settings of `serving.settings.Settings` that `parameters` in config.pbtxt may give
+# settings of `serving.triton.python_model.ModelSettings` that `parameters` in config.pbtxt may give
 SETTINGS = (
     "runtime",
     "threads",
@@ -33,6 +33,7 @@ SETTINGS = (
     "max_prompt_tokens",
     "max_tokens",
     "deadline_s",
+    "grace_s",
 )
 
 ARTIFACT_FOLDER = "artifact"  # beside model.py

@@ -103,7 +103,9 @@ def _ask_http(
                 if line.startswith(b"data:"):
                     yield _answer_of_event(url, model, line[5:])
     except urllib.error.HTTPError as error:
-        raise TritonError(f"{url}: model {model!r}: {_message(error.read(_LONGEST_LINE), error.reason)}") from None
+        with error:  # else its connection lives as long as the error, and Triton waits for it before it ends
+            message = _message(error.read(_LONGEST_LINE), error.reason)
+        raise TritonError(f"{url}: model {model!r}: {message}") from None
     except (OSError, urllib.error.URLError) as error:
         reason = getattr(error, "reason", None) or error
         raise TritonError(f"{url}: no Triton server answers: {reason}") from None

@@ -1,7 +1,8 @@
 """The model that Triton's python backend runs: requests of many callers advance together in one engine.
 
 Triton calls `execute` from one thread and expects it back; responses go out later, from the event loop's thread, which
-also looks whether a caller has gone.
+also looks whether a caller has gone, and whether the server still wants the model: it calls `finalize` only after every
+response, of which a stream may have many to come.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import threading
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from serving.engine.job import DeadlineError, EngineStoppedError, Job, QueueFullError
 from serving.engine.streams import TokenStream
@@ -31,7 +33,15 @@ from yunmin.triton_contract import ARTIFACT_FOLDER, IDS_OUTPUT, REASON_OUTPUT, S
 
 logger = logging.getLogger("yunmin.triton")
 
-_LOOK_S = 0.05  # between two looks whether the caller has gone
+_LOOK_S = 0.05  # between two looks whether a caller or the server has gone
+
+
+class ModelSettings(Settings):
+    """Settings that `parameters` of config.pbtxt give."""
+
+    grace_s: float = Field(
+        10.0, ge=0, le=86_400, allow_inf_nan=False, description="time for running requests once the model is unloaded"
+    )
 
 
 class TritonPythonModel:
@@ -49,7 +59,8 @@ class TritonPythonModel:
         import triton_python_backend_utils as backend
 
         self._backend = backend
-        self._settings = read_parameters(json.loads(args["model_config"]).get("parameters", {}))
+        self._place = args["model_name"], args["model_version"]
+        self._settings = read_settings(json.loads(args["model_config"]))
         if self._settings.threads:
             set_threads(self._settings.threads)
         folder = Path(args["model_repository"]) / args["model_version"] / ARTIFACT_FOLDER
@@ -58,9 +69,11 @@ class TritonPythonModel:
         self._model = load(folder, device=device, runtime=self._settings.runtime)
         self._engine = start_engine(self._model, self._settings, CollectorRegistry())
         self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
+        self._running: dict[TokenStream, Any] = {}  # response senders; the loop's thread alone touches all this
+        self._watcher = self._loop.create_task(self._watch())
         self._thread = threading.Thread(target=self._loop.run_forever, name="yunmin-triton", daemon=True)
         self._thread.start()
-        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Takes requests in; each is answered by its own response sender."""
@@ -68,11 +81,13 @@ class TritonPythonModel:
             self._loop.call_soon_threadsafe(self._begin, self._answer(request, request.get_response_sender()))
 
     def finalize(self) -> None:
-        """Ends what still runs; Triton waits for all responses before it calls this."""
+        """Ends both threads and lets go of the model."""
         self._engine.stop()
         asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
+        del self._engine, self._model
 
     def _begin(self, answer: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(answer)
@@ -80,8 +95,36 @@ class TritonPythonModel:
         task.add_done_callback(self._tasks.discard)
 
     async def _finish(self) -> None:
-        if self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._watcher.cancel()
+        await asyncio.gather(self._watcher, *self._tasks, return_exceptions=True)
+        await self._loop.shutdown_default_executor()
+
+    async def _watch(self) -> None:
+        """Cancels sequences whose callers have gone, and ends all that run too long after the model was given up."""
+        end = math.inf
+        while self._loop.time() < end:
+            await asyncio.sleep(_LOOK_S)
+            self._drop_departed()
+            if self._running and end == math.inf and not self._is_wanted():
+                end = self._loop.time() + self._settings.grace_s
+        await asyncio.to_thread(self._engine.stop)
+
+    def _drop_departed(self) -> None:
+        """A function of its own: a frame that sleeps with a response sender in it would keep the model loaded."""
+        for stream, sender in self._running.items():
+            if sender.is_cancelled():
+                stream.cancel()
+
+    def _is_wanted(self) -> bool:
+        """Whether the model is neither unloaded nor the server exiting.
+
+        To be asked while a response is due: later nobody answers. Not to be asked again after "no": in an exiting
+        server that answer is an error, and a few of them break the backend's shared memory.
+        """
+        try:
+            return bool(self._backend.is_model_ready(*self._place))
+        except self._backend.TritonModelException:
+            return False
 
     async def _answer(self, request: Any, sender: Any) -> None:
         try:
@@ -97,11 +140,11 @@ class TritonPythonModel:
         token_ids = await self._encode(asked)
         job = Job(token_ids, asked.params, deadline_s=self._settings.deadline_s)
         with self._engine.submit(job) as stream:
-            watcher = asyncio.create_task(_leave_with(sender, stream))
+            self._running[stream] = sender
             try:
                 ended = await (self._send_each(stream, sender) if asked.stream else self._send_all(stream, sender))
             finally:
-                watcher.cancel()
+                del self._running[stream]
         if not ended:  # the caller has gone
             self._fail(sender, "the request was cancelled", self._backend.TritonError.CANCELLED)
 
@@ -114,10 +157,12 @@ class TritonPythonModel:
         return token_ids
 
     async def _send_each(self, stream: TokenStream, sender: Any) -> bool:
+        """Sends what is there as one response: a stream that falls behind the engine would never let the loop go."""
         ended = False
         async for piece in stream:
-            ended = piece.finish_reason is not None
-            self._send(sender, [piece], is_last=ended)
+            pieces = [piece, *stream.ready()]
+            ended = pieces[-1].finish_reason is not None
+            self._send(sender, pieces, is_last=ended)
         return ended
 
     async def _send_all(self, stream: TokenStream, sender: Any) -> bool:
@@ -153,29 +198,24 @@ class TritonPythonModel:
             logger.exception("an error could not be sent: %s", message)
 
 
-def read_parameters(parameters: dict[str, dict[str, str]]) -> Settings:
-    """Settings from `parameters` of config.pbtxt, as the python backend gives them.
+def read_settings(config: dict[str, Any]) -> ModelSettings:
+    """Settings from config.pbtxt, as the python backend gives it.
 
     Raises:
-        ConfigError: one is unknown or impossible; names it.
+        ConfigError: one of its `parameters` is unknown or impossible, or it asks for warming up; names it.
     """
-    given = {name: value.get("string_value", "") for name, value in parameters.items()}
+    if config.get("model_warmup"):  # such requests come before the server calls the model ready
+        raise ConfigError("config.pbtxt: model_warmup: expected none, since the model warms up as it is loaded")
+    given = {name: value.get("string_value", "") for name, value in config.get("parameters", {}).items()}
     for name in given:
         if name not in SETTINGS:
             raise ConfigError(f"config.pbtxt: parameter {name!r}: expected one of {', '.join(SETTINGS)}")
     try:
-        return Settings.model_validate(given)
+        return ModelSettings.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         where = f"config.pbtxt: parameter {first['loc'][0]!r}"
         raise ConfigError(f"{where}: {first['msg'].lower()}, got {first['input']!r}") from None
-
-
-async def _leave_with(sender: Any, stream: TokenStream) -> None:
-    """Cancels the sequence when its caller has cancelled the request."""
-    while not sender.is_cancelled():
-        await asyncio.sleep(_LOOK_S)
-    stream.cancel()
 
 
 def _code(codes: Any, error: YunminError) -> Any:

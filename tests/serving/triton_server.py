@@ -36,14 +36,22 @@ _PINNED = {"huggingface_hub", "llguidance", "llvmlite", "numba", "pydantic", "py
 _PINNED |= {"tokenizers", "torch"}
 _BUILD_S = 300
 _START_S = 90.0
+_EXIT_S = 20
 
 
 @dataclass(frozen=True)
 class TritonServer:
-    """Where a server listens."""
+    """Where a server listens, and what runs there."""
 
     grpc: str
     http: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def end(self) -> int:
+        """Sends SIGTERM and waits; the exit status, which is not 0 where something still ran when time was up."""
+        self.process.terminate()
+        return self.process.wait(3 * _EXIT_S)
 
 
 def triton_site() -> Path:
@@ -94,14 +102,14 @@ def triton_server(repository: Path, model: str, scratch: Path) -> Iterator[Trito
         "--http-address=127.0.0.1",
         "--allow-metrics=false",
         "--disable-auto-complete-config",
-        "--exit-timeout-secs=5",
+        f"--exit-timeout-secs={_EXIT_S}",
     ]
     log = scratch / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            server = TritonServer(f"grpc://127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}")
-            _wait(process, server, log)
+            server = TritonServer(f"grpc://127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}", process, log)
+            _wait(server)
             yield server
         finally:
             process.terminate()
@@ -119,10 +127,10 @@ def free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
-def _wait(process: subprocess.Popen[bytes], server: TritonServer, log: Path) -> None:
+def _wait(server: TritonServer) -> None:
     end = time.monotonic() + _START_S
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and server.process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.http}/v2/health/ready", timeout=5):
             return
         time.sleep(0.2)
-    raise AssertionError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
+    raise AssertionError(f"the server did not start:\n{server.log.read_text(errors='replace')[-4000:]}")

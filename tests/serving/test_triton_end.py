@@ -1,0 +1,112 @@
+"""How a real Triton server lets go of a model that runs: unloaded, or told to end."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from export.triton import write_repository
+from serving.triton.client import Answer, TritonError, ask
+from tests.serving.triton_server import TritonServer, triton_server
+from tests.triton_models import write_tiny_artifact
+
+ENDLESS = {"temperature": 0, "max_tokens": 1_000_000, "ignore_eos": True}
+LONG = {"temperature": 0, "max_tokens": 400, "ignore_eos": True}
+SETTINGS = {"max_tokens": "1000000", "grace_s": "2"}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triton")
+    write_repository(folder / "repository", write_tiny_artifact(folder / "artifact"))
+    config = folder / "repository" / "mamba" / "config.pbtxt"
+    more = (f'parameters {{ key: "{k}", value: {{ string_value: "{v}" }} }}\n' for k, v in SETTINGS.items())
+    config.write_text(config.read_text() + "".join(more))
+    return folder / "repository"
+
+
+@pytest.fixture
+def server(repository: Path, tmp_path: Path) -> Iterator[TritonServer]:
+    with triton_server(repository, "mamba", tmp_path) as running:
+        yield running
+
+
+def begun(url: str, sampling: Mapping[str, object]) -> Iterator[Answer]:
+    """A stream whose first answer is there."""
+    answers = ask(url, "mamba", "x", sampling, timeout_s=60)
+    assert next(answers).finish_reason is None
+    return answers
+
+
+def post(server: TritonServer, path: str) -> bytes:
+    request = urllib.request.Request(f"{server.http}/v2/repository/{path}", b"{}")
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return bytes(response.read())
+
+
+def wait_until_unloaded(server: TritonServer) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        (entry,) = (model for model in json.loads(post(server, "index")) if model["name"] == "mamba")
+        if entry.get("reason") == "unloaded":
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still {entry}")
+
+
+def test_unloading_lets_short_requests_finish_and_ends_long_ones(server: TritonServer) -> None:
+    short = [begun(url, LONG) for url in (server.grpc, server.http)]
+    endless = [begun(url, ENDLESS) for url in (server.grpc, server.http)]
+    post(server, "models/mamba/unload")
+    for answers in short:
+        assert [answer.finish_reason for answer in answers][-1] == "length"
+    for answers in endless:
+        with pytest.raises(TritonError, match="the engine is shutting down"):
+            list(answers)
+    wait_until_unloaded(server)
+    post(server, "models/mamba/load")
+    assert list(ask(server.grpc, "mamba", "x", LONG))
+
+
+def test_loading_it_anew_interrupts_no_stream(server: TritonServer, repository: Path) -> None:
+    answers = begun(server.grpc, ENDLESS)
+    (repository / "mamba" / "1" / "model.py").touch()
+    post(server, "models/mamba/load")
+    end = time.monotonic() + 2 * float(SETTINGS["grace_s"])
+    while time.monotonic() < end:
+        assert next(answers).finish_reason is None
+    answers.close()  # type: ignore[attr-defined]
+
+
+def test_sigterm_ends_streams_after_the_grace_and_the_server_cleanly(server: TritonServer) -> None:
+    answers = begun(server.grpc, ENDLESS)
+    server.process.terminate()
+    with pytest.raises(TritonError, match="the engine is shutting down"):
+        list(answers)
+    assert server.process.wait(60) == 0
+
+
+def test_sigterm_waits_for_streams_over_http(server: TritonServer) -> None:
+    answers = begun(server.http, LONG)
+    server.process.terminate()
+    assert [answer.finish_reason for answer in answers][-1] == "length"
+    assert server.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_neither_abandoned_nor_refused_requests_keep_the_server(server: TritonServer, protocol: str) -> None:
+    url = getattr(server, protocol)
+    for _ in range(12):
+        begun(url, ENDLESS).close()  # type: ignore[attr-defined]
+    with pytest.raises(TritonError) as refused:
+        list(ask(url, "mamba", "x", {"top_q": 1}))
+    assert list(ask(url, "mamba", "x", LONG))
+    assert server.end() == 0
+    assert refused.value
