@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
             "yunmin export training_outputs/my-run small/ --max-perplexity-increase 2% --data held-out.txt",
             "yunmin export training_outputs/my-run artifact/ --onnx --onnx-precision int8",
             "yunmin export training_outputs/my-run artifact/ --onnx --triton repository/",
+            "yunmin export training_outputs/my-run again/ --triton repo/ --triton-initial-state support.safetensors",
             "yunmin export training_outputs/my-run model.gguf --format gguf --gguf-type f16",
         ],
     )
@@ -77,6 +78,13 @@ def main(argv: list[str]) -> int:
         "--triton", metavar="REPO", help="write a model repository for Triton from the artifact, too"
     )
     arguments.add_argument(
+        "--triton-initial-state",
+        action="append",
+        default=[],
+        metavar="STATE",
+        help="a file of `yunmin state build`, after which sequences of one more model there begin; repeatable",
+    )
+    arguments.add_argument(
         "--format",
         choices=("artifact", "hf", "mamba_ssm", "gguf"),
         default="artifact",
@@ -106,6 +114,7 @@ def main(argv: list[str]) -> int:
         onnx_flavour=options.onnx_flavour,
         onnx_precision=options.onnx_precision,
         triton=options.triton,
+        triton_initial_states=tuple(options.triton_initial_state),
         format=options.format,
         gguf_type=options.gguf_type,
     )

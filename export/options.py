@@ -32,6 +32,7 @@ class Options:
         onnx_flavour: of the graph; None takes "ort".
         onnx_precision: of the graph; None takes the artifact's own.
         triton: where a model repository for Triton is written from the artifact; None writes none.
+        triton_initial_states: files with states of the artifact, each for a model there whose sequences begin after it.
         format: "artifact", or that of other people's runtimes, which are written instead.
         gguf_type: how a GGUF file stores matrices; None takes "q8_0".
     """
@@ -48,6 +49,7 @@ class Options:
     onnx_flavour: Flavour | None = None
     onnx_precision: Precision | None = None
     triton: str | None = None
+    triton_initial_states: tuple[str, ...] = ()
     format: OutFormat = "artifact"
     gguf_type: str | None = None
 
@@ -60,6 +62,8 @@ class Options:
         for name, value in (("--tokens", self.measured_tokens), ("--calibration-tokens", self.calibration_tokens)):
             if value < 2:
                 raise ConfigError(f"{name} must be at least 2, got {value}")
+        if self.triton_initial_states and self.triton is None:
+            raise ConfigError(f"--triton-initial-state {self.triton_initial_states[0]}: expected --triton with it")
         self._check_format()
         self._check_onnx()
 

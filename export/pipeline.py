@@ -55,7 +55,8 @@ def export(
             stored weights stand for, or nothing smaller keeps the perplexity; nothing is left at `out`.
         ConfigError: options that do not go together, or a precision that does not hold the weights.
         DataError, TokenizerError: a text cannot be read or has nothing to measure.
-        MissingExtraError: an ONNX graph is wanted and its packages are missing.
+        StateError: an initial state of a repository for Triton is missing, damaged or another model's.
+        MissingExtraError: an ONNX graph or a repository for Triton is wanted and its packages are missing.
     """
     out = Path(out)
     report = progress or (lambda _: None)
@@ -65,9 +66,12 @@ def export(
 
         require_onnx("--onnx")
     if options.triton is not None:
-        from export.triton.repository import check_repository
+        from export.onnx_graph.stage import require_onnx
+        from export.triton.repository import check_repository, named_states
 
-        check_repository(Path(options.triton), force=force)
+        require_onnx("--triton")
+        states = named_states(options.triton_initial_states)
+        check_repository(Path(options.triton), out, states=tuple(states), force=force)
     with artifact_folder(out, force=force) as folder:
         made = _write_weights(folder, source, adapters, options, report)  # its tensors go with its frame
         report(f"verifying what was written on {made.probe.tokens} tokens")
@@ -91,7 +95,7 @@ def export(
         from export.triton.repository import write_repository
 
         report("writing the model repository for Triton")
-        write_repository(Path(options.triton), out, force=force)
+        write_repository(Path(options.triton), out, initial_states=states, force=force)
     return manifest
 
 

@@ -15,10 +15,11 @@ from export.triton.config_pbtxt import onnx_config, stacked_states, text_config
 from yunmin.artifact import load_artifact
 from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
-from yunmin.errors import ArtifactError, ConfigError, MissingExtraError
+from yunmin.errors import ArtifactError, ConfigError, MissingExtraError, StateError
 from yunmin.files import atomic_folder
 from yunmin.language_model import load
 from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, Flavour, GraphFacts, Precision
+from yunmin.runtime.onnx_state import graph_tensors
 from yunmin.state import MambaState
 from yunmin.triton_contract import ARTIFACT_FOLDER, INITIAL_STATES
 
@@ -34,14 +35,39 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
-def check_repository(repo: Path, *, name: str = "mamba", states: Sequence[str] = (), force: bool = False) -> None:
+def named_states(files: Sequence[str]) -> dict[str, Path]:
+    """Files of saved states by the names they have without their folder and suffix.
+
+    Raises:
+        ConfigError: two have the same name.
+        StateError: there is no such file.
+    """
+    states: dict[str, Path] = {}
+    for path in map(Path, files):
+        if not path.is_file():
+            raise StateError(f"{path}: expected a file of `yunmin state build`, found none")
+        if path.stem in states:
+            raise ConfigError(f"{path}: expected another name than that of {states[path.stem]}, which names a model")
+        states[path.stem] = path
+    return states
+
+
+def check_repository(
+    repo: Path, artifact: Path, *, name: str = "mamba", states: Sequence[str] = (), force: bool = False
+) -> None:
     """Looks before any work whether a repository may be written there.
 
     Raises:
-        ConfigError: a name cannot be a model's.
+        ConfigError: a name cannot be a model's, or the repository and the artifact lie in one another.
         ArtifactError: something is there and `force` is off, or it is no repository of these models, which `force`
             never replaces.
     """
+    inner, outer = repo.resolve(), artifact.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise ConfigError(f"{repo}: expected a folder apart from the artifact's, {artifact}")
+    for parent in inner.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ArtifactError(f"{repo}: cannot be created, {parent} is a file")
     for given in (name, *states):
         if not _NAME.fullmatch(given):
             raise ConfigError(f"Triton model name {given!r}: expected up to 64 letters, digits, '_', '-' and '.'")
@@ -82,12 +108,12 @@ def write_repository(
 
     Raises:
         ArtifactError: the artifact is damaged, or the repository cannot be written.
-        ConfigError: a name cannot be a model's.
+        ConfigError: a name cannot be a model's, or the repository and the artifact lie in one another.
         StateError: a saved state is damaged or another model's.
         MissingExtraError: onnx is not installed.
     """
     states = dict(initial_states or {})
-    check_repository(repo, name=name, states=tuple(states), force=force)
+    check_repository(repo, artifact, name=name, states=tuple(states), force=force)
     checkpoint, _ = load_artifact(artifact)
     model = load(artifact, device="cpu", runtime="torch") if states else None  # has the fingerprint of its states
     snapshots = {} if model is None else {key: model.load_state(path) for key, path in states.items()}
@@ -109,10 +135,9 @@ def write_repository(
 
 
 def stack(state: MambaState) -> tuple[Tensor, Tensor]:
-    """States as a graph with stacked states takes them: (B, sum of D * (K-1)) and (B, sum of N * D)."""
-    conv = torch.cat([t.flatten(1) for t in state.conv], dim=1)
-    recurrent = torch.cat([t.transpose(1, 2).flatten(1) for t in state.ssm], dim=1)  # (B, D, N) -> (B, N * D)
-    return conv.float(), recurrent.float()
+    """States as a graph with stacked states takes them: those of the convolutions, and those of the scans."""
+    tensors = [tensor.float().flatten(1) for tensor in graph_tensors(state)]  # of each layer both
+    return torch.cat(tensors[0::2], dim=1), torch.cat(tensors[1::2], dim=1)
 
 
 def _write_text_model(folder: Path, name: str, artifact: Path) -> None:

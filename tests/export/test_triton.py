@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from export.cli import main as export_main
 from export.triton import write_repository
 from export.triton.repository import check_repository
+from serving.state_cli import main as state_main
+from tests.export.fixtures import small_config, write_source
 from tests.models import random_ids
 from tests.triton_models import cut_config, write_tiny_artifact
+from yunmin.cli import run
+from yunmin.config import MambaConfig
 from yunmin.errors import ArtifactError, ConfigError, StateError
 from yunmin.language_model import LanguageModel, load
 
@@ -85,6 +90,66 @@ def test_a_sequence_fed_back_equals_the_whole_sequence(repository: Path, model: 
         torch.testing.assert_close(torch.from_numpy(logits[0, 0]), whole[position - 1], rtol=0, atol=1e-4)
 
 
+def test_states_of_many_layers_are_stacked_in_the_order_of_the_layers(tmp_path: Path) -> None:
+    """Not in that of their names, by which layer 10 comes before layer 2."""
+    widths = tuple(range(8, 20))
+    config = MambaConfig(vocab_size=300, d_model=12, d_inner=widths, d_state=widths[::-1], dt_rank=2)
+    model = load(write_tiny_artifact(tmp_path / "artifact", config), device="cpu", runtime="torch")
+    model.save_state(tmp_path / "deep.safetensors", model.snapshot(PROMPT))
+    write_repository(tmp_path / "repo", model.folder, initial_states={"deep": tmp_path / "deep.safetensors"})
+    expected, _ = model.runtime.prefill([*PROMPT, 19, 23])
+    run = FedBack(tmp_path / "repo" / "mamba_onnx_deep")
+    run([19])
+    torch.testing.assert_close(torch.from_numpy(run([23])[0, 0]), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["fp32", "int8"])
+def test_the_command_writes_models_that_begin_at_zero_and_after_a_state(tmp_path: Path, quantize: list[str]) -> None:
+    source = str(write_source(tmp_path / "source", small_config()))
+    assert run(export_main, [source, str(tmp_path / "artifact"), *quantize, "--tokens", "64", "--json"]) == 0
+    (tmp_path / "system.txt").write_text("def read(self")
+    support = str(tmp_path / "support.safetensors")
+    built = ["build", str(tmp_path / "artifact"), "--prompt-file", str(tmp_path / "system.txt"), support]
+    assert run(state_main, built) == 0
+    triton = ["--triton", str(tmp_path / "repo"), "--triton-initial-state", support]
+    assert run(export_main, [source, str(tmp_path / "again"), *quantize, "--tokens", "64", *triton, "--json"]) == 0
+
+    model = load(tmp_path / "repo" / "mamba" / "1" / "artifact", device="cpu", runtime="torch")
+    tail = model.encode("):\n")
+    for name, begin in (("mamba_onnx", []), ("mamba_onnx_support", model.encode("def read(self"))):
+        sequence = FedBack(tmp_path / "repo" / name)
+        for i, token_id in enumerate(tail):
+            expected, _ = model.runtime.prefill([*begin, *tail[: i + 1]])
+            limit = (1e-2 if quantize else 1e-4) * float(expected.abs().max())
+            found = torch.from_numpy(sequence([token_id])[0, 0])
+            torch.testing.assert_close(found, expected, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize(
+    ("repo", "states", "message"),
+    [
+        ("out", [], "expected a folder apart from the artifact's"),
+        ("out/repo", [], "expected a folder apart from the artifact's"),
+        (".", [], "expected a folder apart from the artifact's"),
+        ("file/repo", [], "is a file"),
+        ("repo", ["nowhere"], "nowhere: expected a file of `yunmin state build`, found none"),
+        ("repo", ["a/s.safetensors", "b/s.safetensors"], "expected another name than that of"),
+        (None, ["a/s.safetensors"], "expected --triton with it"),
+    ],
+)
+def test_what_cannot_become_a_repository_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], repo: str | None, states: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "s.safetensors").write_bytes(b"")
+    given = [] if repo is None else ["--triton", str(tmp_path / repo)]
+    given += [word for state in states for word in ("--triton-initial-state", str(tmp_path / state))]
+    assert run(export_main, [str(tmp_path / "no source"), str(tmp_path / "out"), *given]) != 0
+    assert message in capsys.readouterr().err
+
+
 def test_a_saved_state_is_where_its_model_begins(repository: Path, model: LanguageModel) -> None:
     expected, _ = model.runtime.prefill([*PROMPT, 19, 23])
     logits = FedBack(repository / "mamba_onnx_support")([19, 23])
@@ -141,7 +206,7 @@ def test_force_replaces_a_repository_and_nothing_else(model: LanguageModel, tmp_
 def test_names_that_cannot_be_a_models_are_refused(tmp_path: Path) -> None:
     for name in ("", "a/b", "..", "-x", "a" * 65):
         with pytest.raises(ConfigError, match="Triton model name"):
-            check_repository(tmp_path / "repo", name=name)
+            check_repository(tmp_path / "repo", tmp_path / "artifact", name=name)
 
 
 def test_the_same_artifact_gives_the_same_repository(tmp_path: Path) -> None:
