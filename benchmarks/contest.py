@@ -80,7 +80,7 @@ class Contest:
 
     Attributes:
         records: by name.
-        logits: by name, after the same text.
+        logits: of the tokens that exist, by name, after the same text.
     """
 
     def __init__(self, contestants: Sequence[Contestant], plan: Plan, n_tokens: int, say: Say) -> None:
@@ -130,7 +130,7 @@ class Contest:
         self._say("logits after the same text")
         for contestant, answer in self._each("logits", lambda _: {"task": "logits", "length": _CHECKED_TOKENS}):
             if all(map(math.isfinite, answer["logits"])):
-                self.logits[contestant.name] = answer["logits"]
+                self.logits[contestant.name] = answer["logits"][: self._n_tokens]  # a GGUF file has no padding
             else:
                 self.records[contestant.name].notes["logits"] = "not all are finite"
 

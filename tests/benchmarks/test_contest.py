@@ -280,3 +280,10 @@ def test_logits_that_are_not_finite_are_no_agreement(monkeypatch: pytest.MonkeyP
     contest.run()
     assert set(contest.logits) == {"a"}
     assert contest.records["broken"].notes == {"logits": "not all are finite"}
+
+
+def test_logits_of_padding_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    ScriptedRemotes({"a": 100.0}).install(monkeypatch)
+    contest = Contest([contestant("a")], Plan(1, (), (), (), repeats=1), 1, lambda _: None)
+    contest.run()
+    assert contest.logits == {"a": [4.0]}
