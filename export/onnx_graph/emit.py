@@ -66,7 +66,9 @@ def write_graph(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> No
     config = checkpoint.config
     weights = GraphWeights(checkpoint, options.precision)
     matrices = Matrices(graph, weights, options.flavour, options.precision)
-    layers = LayerWriter(graph, config, weights, matrices, options.flavour)
+    length = graph.op("Shape", [INPUT_IDS], start=1, end=2)
+    is_step = graph.op("Squeeze", [graph.op("Equal", [length, graph.ints(1)])])
+    layers = LayerWriter(graph, config, weights, matrices, options.flavour, is_step)
 
     inputs, past, outputs, present = _states(graph, config, options.states)
     x = matrices.rows(INPUT_IDS, _EMBEDDING)  # (B, T, d)
@@ -103,7 +105,7 @@ def _states(
 ) -> tuple[list[ValueInfoProto], list[tuple[str, str]], list[ValueInfoProto], list[tuple[str, str]]]:
     """Graph inputs, the names of each layer's states before, graph outputs, and the names for those afterwards."""
     shapes = {
-        "conv": [(inner, config.d_conv - 1) for inner in config.d_inner],
+        "conv": [(config.d_conv - 1, inner) for inner in config.d_inner],
         "recurrent": [(n, inner) for n, inner in zip(config.d_state, config.d_inner, strict=True)],
     }
 

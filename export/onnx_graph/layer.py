@@ -1,6 +1,7 @@
 """One Mamba block as ONNX nodes: norm, projection, causal convolution, selective scan, gate, projection.
 
-Symbols are those of `yunmin.scan`. The state is kept as (B, N, D): the long axis last, where vectors run along it.
+Symbols are those of `yunmin.scan`. States are kept as (B, K-1, D) and (B, N, D): the long axis last, where vectors run
+along it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from onnx import GraphProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from export.onnx_graph.builder import MICROSOFT, GraphBuilder
 from export.onnx_graph.matrices import Matrices
@@ -28,6 +29,7 @@ class LayerWriter:
         weights: of the model.
         matrices: its products.
         flavour: of the graph.
+        is_step: a value, whether each sequence has one token.
     """
 
     graph: GraphBuilder
@@ -35,6 +37,7 @@ class LayerWriter:
     weights: GraphWeights
     matrices: Matrices
     flavour: Flavour
+    is_step: str
 
     def norm(self, x: str, name: str) -> str:
         """Root-mean-square normalization (B, T, d), times a weight (d,)."""
@@ -50,7 +53,7 @@ class LayerWriter:
         Args:
             residual: before the block.
             layer: its number.
-            past: its states before: of the convolution (B, D, K-1), of the scan (B, N, D).
+            past: its states before: of the convolution (B, K-1, D), of the scan (B, N, D).
             present: names for them afterwards.
         """
         graph, prefix = self.graph, f"{layer_prefix(layer)}mixer."
@@ -68,8 +71,8 @@ class LayerWriter:
         y = self._scan(delta, u, B_ssm, C_ssm, prefix, layer, past[1], present[1])
         y = graph.op("Add", [y, graph.op("Mul", [u, self._vector(f"{prefix}D")])])
         gated = graph.op("Mul", [y, self._silu(z)])
-        out = self._with_bias(self.matrices.linear(gated, f"{prefix}out_proj.weight"), f"{prefix}out_proj.bias")
-        return graph.op("Add", [residual, out])
+        out = self.matrices.linear(gated, f"{prefix}out_proj.weight", keeps_nan=True)  # a broken state must stay seen
+        return graph.op("Add", [residual, self._with_bias(out, f"{prefix}out_proj.bias")])
 
     def _vector(self, name: str) -> str:
         return self.graph.weight(name, self.weights.plain(name))
@@ -83,32 +86,30 @@ class LayerWriter:
         return self.graph.op("Mul", [x, self.graph.op("Sigmoid", [x])])
 
     def _softplus(self, x: str) -> str:
-        """Computes max(x, 0) + log(1 + exp(-|x|)), small results to full relative precision.
+        """Computes log(1 + exp(x)), small results to full relative precision.
 
-        ONNX Runtime's own Softplus, as exact, runs in one thread and takes three times as long. With u = exp(-|x|) and
-        w = 1 + u rounded, log(w) * u / (w - 1) is log(1 + u) nearly to the last bit (Goldberg 1991, theorem 4).
+        ONNX Runtime's own Softplus, as exact, runs in one thread and takes six times as long. With u = exp(x) and
+        w = 1 + u rounded, (w - 1) - u is what the rounding added, and log(w) - ((w - 1) - u) / w is log(1 + u) nearly to
+        the last bit.
         """
-        graph = self.graph
-        one, tiny = graph.constant(1.0, "float32"), graph.constant(1e-30, "float32")
-        u = graph.op("Exp", [graph.op("Neg", [graph.op("Abs", [x])])])
+        graph, one = self.graph, self.graph.constant(1.0, "float32")
+        u = graph.op("Exp", [graph.op("Min", [x, graph.constant(80.0, "float32")])])  # finite; beyond, the result is x
         w = graph.op("Add", [u, one])
-        rounded = graph.op("Max", [graph.op("Sub", [w, one]), tiny])  # not 0, where the logarithm is 0
-        log = graph.op("Mul", [graph.op("Log", [w]), graph.op("Div", [u, rounded])])
-        return graph.op("Add", [graph.op("Relu", [x]), log])
+        added = graph.op("Sub", [graph.op("Sub", [w, one]), u])
+        log = graph.op("Sub", [graph.op("Log", [w]), graph.op("Div", [added, w])])
+        return graph.op("Max", [x, log])
 
     def _convolution(self, x: str, prefix: str, past: str, present: str) -> str:
         """SiLU of the causal convolution: (B, T, D) -> (B, T, D).
 
-        As K products of shifted inputs: in ONNX Runtime faster than its Conv and its CausalConvWithState, since the
-        long axis stays last.
+        As K products of shifted inputs: in ONNX Runtime faster than its Conv, and than its CausalConvWithState, which
+        runs in one thread.
         """
         graph, taps = self.graph, self.config.d_conv
         weight = self.weights.plain(f"{prefix}conv1d.weight")[:, 0]  # (D, K)
-        before = graph.op("Transpose", [past], perm=[0, 2, 1])  # (B, K-1, D)
-        padded = graph.op("Concat", [before, x], axis=1)  # (B, K-1+T, D)
+        padded = graph.op("Concat", [past, x], axis=1)  # (B, K-1+T, D)
         axis = graph.ints(1)
-        last = graph.op("Slice", [padded, graph.ints(1 - taps), graph.ints(2**62), axis])
-        graph.op("Transpose", [last], output=present, perm=[0, 2, 1])
+        graph.op("Slice", [padded, graph.ints(1 - taps), graph.ints(2**62), axis], output=present)
         total = ""
         for tap in range(taps):
             end = tap + 1 - taps  # from the end
@@ -122,21 +123,47 @@ class LayerWriter:
     def _scan(
         self, delta: str, u: str, B_ssm: str, C_ssm: str, prefix: str, layer: int, past: str, present: str
     ) -> str:
-        """The recurrence (B, T, D), without the skip."""
+        """The recurrence (B, T, D), without the skip: `Scan`, or for a single token what it would do, which is faster.
+
+        The step's large values are made for the first token in any case, outside of the branch for single ones:
+        ONNX Runtime gives values inside a branch new memory with each run.
+        """
         graph = self.graph
+        inner, n = self.config.d_inner[layer], self.config.d_state[layer]
         A = -torch.exp(self.weights.plain(f"{prefix}A_log"))  # (D, N)
         decay_rates = graph.weight(f"{prefix}A.T", A.T)
         delta_u = graph.op("Mul", [delta, u])
-        body = self._step_body(decay_rates, layer)
-        _, y = graph.ops(
+        zero, one = graph.ints(0), graph.ints(1)
+        first_delta, first_delta_u, first_B = (graph.op("Slice", [x, zero, one, one]) for x in (delta, delta_u, B_ssm))
+        decay = graph.op("Exp", [graph.op("Mul", [first_delta, decay_rates])])  # (B, N, D)
+        decayed = graph.op("Mul", [decay, past])
+        column = graph.op("Reshape", [first_B, graph.ints(-1, n, 1)])
+        added = graph.op("Mul", [column, first_delta_u])
+        step = [
+            helper.make_node("Add", [decayed, added], ["h_next"]),
+            helper.make_node("MatMul", [C_ssm, "h_next"], ["y_row"]),
+        ]
+        scan = helper.make_node(
             "Scan",
             [past, delta, delta_u, B_ssm, C_ssm],
-            2,
-            outputs=[present, f"{prefix}y"],
-            body=body,
+            ["h_last", "y_rows"],
+            body=self._step_body(decay_rates, layer),
             num_scan_inputs=4,
             scan_input_axes=[1, 1, 1, 1],
             scan_output_axes=[1],
+        )
+
+        def branch(nodes: list[NodeProto], h: str, y: str) -> GraphProto:
+            outputs = [_value(h, n, inner), _value(y, "sequence", inner)]
+            return helper.make_graph(nodes, f"layers.{layer}.{y}", [], outputs)
+
+        _, y = graph.ops(
+            "If",
+            [self.is_step],
+            2,
+            outputs=[present, f"{prefix}y"],
+            then_branch=branch(step, "h_next", "y_row"),
+            else_branch=branch([scan], "h_last", "y_rows"),
         )
         return y
 
@@ -157,18 +184,14 @@ class LayerWriter:
             ("MatMul", ["C_row", "h_next"], "y_row"),
             ("Squeeze", ["y_row", one], "y"),
         ]
-
-        def value(name: str, *shape: str | int) -> ValueInfoProto:
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
-
+        inputs = [_value("h", n, inner), _value("delta", inner), _value("delta_u", inner)]
         return helper.make_graph(
-            [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in nodes],
+            [helper.make_node(kind, names, [output], name=output) for kind, names, output in nodes],
             f"layers.{layer}.step",
-            [
-                value("h", n, inner),
-                *(value(v, inner) for v in ("delta", "delta_u")),
-                value("B_ssm", n),
-                value("C_ssm", n),
-            ],
-            [value("h_next", n, inner), value("y", inner)],
+            [*inputs, _value("B_ssm", n), _value("C_ssm", n)],
+            [_value("h_next", n, inner), _value("y", inner)],
         )
+
+
+def _value(name: str, *shape: str | int) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])

@@ -33,11 +33,20 @@ class Matrices:
         self._is_ort = flavour == "ort"
         self._precision = precision
 
-    def linear(self, x: str, name: str) -> str:
-        """Multiplies x (..., inputs) by the transpose of a weight (rows, inputs) -> (..., rows)."""
+    def linear(self, x: str, name: str, *, keeps_nan: bool = False) -> str:
+        """Multiplies x (..., inputs) by the transpose of a weight (rows, inputs) -> (..., rows).
+
+        Args:
+            x: to multiply.
+            name: of the weight.
+            keeps_nan: whether NaN must stay NaN where x is rounded to integers, too, which would make numbers of it.
+        """
         if self._weights.is_quantized:
             weight = self._weights.quantized(name)
-            return self._bits(x, name, weight) if self._is_ort else self._dequantized(x, name, weight)
+            if not self._is_ort:
+                return self._dequantized(x, name, weight)
+            product = self._bits(x, name, weight)
+            return self._nan_where_in(x, product) if keeps_nan else product
         matrix = self._weights.plain(name).T
         if self._precision == "fp16":
             stored = self._graph.weight(f"{name}.T", half(matrix))
@@ -47,7 +56,7 @@ class Matrices:
     def head(self, x: str, name: str) -> str:
         """As `linear`, for a weight that may be the embedding, too: it is stored once."""
         if self._weights.is_quantized:
-            return self.linear(x, name)
+            return self.linear(x, name, keeps_nan=True)
         rows, inputs = self._weights.plain(name).shape
         graph = self._graph
         flat = graph.op("Reshape", [x, graph.ints(-1, inputs)])
@@ -114,6 +123,10 @@ class Matrices:
             block_size=_int8_block(inputs) if weight.format == "int8" else GROUP_SIZE,
             accuracy_level=INT8_ACTIVATIONS,
         )
+
+    def _nan_where_in(self, x: str, product: str) -> str:
+        total = self._graph.op("ReduceSum", [x, self._graph.ints(-1)], keepdims=1)
+        return self._graph.op("Add", [product, self._graph.op("Mul", [total, self._graph.constant(0.0, "float32")])])
 
     def _dequantized(self, x: str, name: str, weight: QuantizedWeight) -> str:
         graph = self._graph

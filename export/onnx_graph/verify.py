@@ -170,7 +170,7 @@ def _zero_states(config: MambaConfig, batch: int) -> Arrays:
     taps = config.d_conv - 1
     states: Arrays = {}
     for layer, (inner, n) in enumerate(zip(config.d_inner, config.d_state, strict=True)):
-        states[past_name(layer, "conv")] = np.zeros((batch, inner, taps), np.float32)
+        states[past_name(layer, "conv")] = np.zeros((batch, taps, inner), np.float32)
         states[past_name(layer, "recurrent")] = np.zeros((batch, n, inner), np.float32)
     return states
 

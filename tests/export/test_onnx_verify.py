@@ -101,10 +101,13 @@ def test_other_format_is_written_from_the_proven_weights(tmp_path: Path, kind: s
     assert (tmp_path / "out/config.json").is_file()
 
 
-def _scan_along_the_first_axis(graph: onnx.ModelProto) -> None:
+def _scan_along_the_first_axis(graph: onnx.GraphProto) -> None:
     """Transposes around each `Scan`, in place: `onnx.reference` implements no other axis than the first."""
     nodes: list[onnx.NodeProto] = []
-    for node in graph.graph.node:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "If":
+                _scan_along_the_first_axis(attribute.g)
         if node.op_type != "Scan":
             nodes.append(node)
             continue
@@ -117,32 +120,36 @@ def _scan_along_the_first_axis(graph: onnx.ModelProto) -> None:
                 assert axis == 1
                 axes[i] = 0
                 name = names[first + i]
-                names[first + i] = f"{name}.{node.name}.time_first"
+                names[first + i] = f"{name}.time_first"
                 pair = [name, names[first + i]]
                 source, target = pair if kind == "scan_input_axes" else pair[::-1]
                 transpose = onnx.helper.make_node("Transpose", [source], [target], perm=[1, 0, 2])
                 (nodes if kind == "scan_input_axes" else after).append(transpose)
         nodes += [node, *after]
-    del graph.graph.node[:]
-    graph.graph.node.extend(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def test_onnx_reference_agrees(tmp_path: Path) -> None:
-    """The operators' own definition, in numpy, on the portable graph."""
+    """The operators' own definition, in numpy, on the portable graph: a sequence, and then a single token."""
     config = small_config(uniform=False)
     source = write_source(tmp_path / "source", config, tokenizer=False)
     export(source, tmp_path / "out", options=Options(onnx=True, onnx_flavour="portable"))
     ids = np.array([make_probe(None, config.n_tokens).sequences[3]], np.int64)
     graph = onnx.load(tmp_path / "out/onnx/model.onnx")
-    _scan_along_the_first_axis(graph)
+    _scan_along_the_first_axis(graph.graph)
     feeds: dict[str, Any] = {"input_ids": ids, "num_logits_to_keep": np.array(0, np.int64)}
     for value in graph.graph.input:
         if value.name.startswith("past"):
             dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim[1:]]
             feeds[value.name] = np.zeros((1, *dims), np.float32)
-    (found,) = cast("list[Any]", ReferenceEvaluator(graph).run(["logits"], feeds))
+    evaluator, last = ReferenceEvaluator(graph), ids[:, -1:]
+    sequence = dict(zip(evaluator.output_names, cast("list[Any]", evaluator.run(None, feeds)), strict=True))
+    past = {name.replace("present.", "past_key_values."): value for name, value in sequence.items()}
+    (step, *_) = cast("list[Any]", evaluator.run(["logits"], {**feeds, **past, "input_ids": last}))
     with torch.inference_mode():
-        expected = MambaLM.from_tensors(config, random_tensors(config))(torch.from_numpy(ids))
+        expected = MambaLM.from_tensors(config, random_tensors(config))(torch.from_numpy(np.hstack([ids, last])))
+    found = np.concatenate([sequence["logits"], step], axis=1)
     assert float(np.abs(found - expected.numpy()).max()) <= 1e-4 * float(expected.abs().max())
 
 

@@ -408,7 +408,7 @@ def test_load_refuses_what_has_no_graph_it_can_run(tmp_path: Path) -> None:
     for content, message in {
         (wide / "onnx/model.onnx").read_bytes(): "expected the graph of the artifact's config.json, found other widths",
         b"no graph": r"model\.onnx: onnxruntime [0-9.]+ refuses it: ",
-        _identity_graph(): "expected a graph of yunmin's format 1, found None",
+        _identity_graph(): "expected a graph of yunmin's format 2, found None",
     }.items():
         graph.write_bytes(content)
         with pytest.raises(ArtifactError, match="wrong hash"):

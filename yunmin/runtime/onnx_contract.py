@@ -5,13 +5,13 @@ each:
 
     input_ids                                 int64 (B, T)
     num_logits_to_keep                        int64 (), optional: logits of the last so many positions, 0 for all (1)
-    past_key_values.{i}.conv_state            float32 (B, D, K-1)
+    past_key_values.{i}.conv_state            float32 (B, K-1, D)
     past_key_values.{i}.recurrent_state       float32 (B, N, D)
     logits                                    float32 (B, kept, V)
     present.{i}.conv_state, present.{i}.recurrent_state    as the inputs
 
 A graph with stacked states has two tensors instead, all layers of a sequence behind one another, each as above and
-flattened: `past_conv_states` (B, sum of D * (K-1)) and `past_recurrent_states` (B, sum of N * D), and `present_...`.
+flattened: `past_conv_states` (B, sum of (K-1) * D) and `past_recurrent_states` (B, sum of N * D), and `present_...`.
 Inputs and outputs sort alike by name, since Triton pairs implicit states that way (server#8586).
 """
 
@@ -34,7 +34,7 @@ GRAPH_FILE = "model.onnx"
 INPUT_IDS = "input_ids"
 KEPT_LOGITS = "num_logits_to_keep"
 LOGITS = "logits"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PREFIX = "yunmin."
 
 

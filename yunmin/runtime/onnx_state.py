@@ -28,7 +28,7 @@ class Layout:
     Attributes:
         taps: inputs of the convolution that are carried, K-1.
         d_inner, d_state: widths of each layer.
-        shapes: of each tensor, without the batch: (D, K-1) and (N, D) by turns.
+        shapes: of each tensor, without the batch: (K-1, D) and (N, D) by turns.
     """
 
     taps: int
@@ -40,7 +40,7 @@ class Layout:
     def of(cls, config: MambaConfig) -> Layout:
         """The layout of a model's states."""
         taps = config.d_conv - 1
-        pairs = (((inner, taps), (n, inner)) for inner, n in zip(config.d_inner, config.d_state, strict=True))
+        pairs = (((taps, inner), (n, inner)) for inner, n in zip(config.d_inner, config.d_state, strict=True))
         return cls(taps, config.d_inner, config.d_state, tuple(shape for pair in pairs for shape in pair))
 
     @property
@@ -193,7 +193,7 @@ class OnnxState(MambaState):
     @property
     def conv(self) -> tuple[Tensor, ...]:
         """Each (B, D, K-1)."""
-        return tuple(self.tensors()[0::2])
+        return tuple(tensor.transpose(1, 2) for tensor in self.tensors()[0::2])
 
     @property
     def ssm(self) -> tuple[Tensor, ...]:
@@ -236,4 +236,4 @@ def graph_tensors(state: MambaState) -> list[Tensor]:
     if isinstance(state, OnnxState):
         return state.tensors()
     pairs = zip(state.conv, state.ssm, strict=True)
-    return [tensor for conv, ssm in pairs for tensor in (conv, ssm.transpose(1, 2))]
+    return [tensor.transpose(1, 2) for pair in pairs for tensor in pair]
