@@ -173,11 +173,17 @@ def _graph_section(provenance: Mapping[str, Any]) -> str:
         "ort": "operators of ONNX Runtime (`com.microsoft`) among them",
         "portable": "standard operators only",
     }
-    return (
-        f"\n\n## ONNX\n\n`{graph['file']}` computes the same from any batch and any number of tokens, states "
+    text = (
+        f"\n\n## ONNX\n\n`{graph['file']}` reads any batch and any number of tokens, states "
         f"going in and out: weights in {graph['precision']}, {graph['bytes']:,} bytes, opset {graph['opset']}, "
         f"{domains[graph['flavour']]}."
     )
+    if graph["change"]:
+        text += (
+            f" Its weights are shorter than the artifact's: that changes logits by up to {graph['change']:.1e} of the "
+            "largest, on the text of the proof."
+        )
+    return text
 
 
 def _widths(what: str, widths: tuple[int, ...]) -> str:

@@ -161,6 +161,8 @@ def _artifact(options: argparse.Namespace, wanted: Options, progress: Callable[[
     if "onnx" in manifest.provenance:
         graph = manifest.provenance["onnx"]
         print(f"\n{options.out}/{graph['file']}: {graph['flavour']}, {graph['precision']}, {graph['bytes']:,} bytes")
+        if graph["change"]:
+            print(f"its weights are shorter than the artifact's: logits change by {graph['change']:.1e} of the largest")
     if wanted.triton is not None:
         print(f"\n{wanted.triton}: model repository for Triton")
     print(f"\nnext:\n  yunmin inspect {options.out}\n  yunmin serve {options.out}")

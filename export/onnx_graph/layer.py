@@ -89,8 +89,8 @@ class LayerWriter:
         """Computes log(1 + exp(x)), small results to full relative precision.
 
         ONNX Runtime's own Softplus, as exact, runs in one thread and takes six times as long. With u = exp(x) and
-        w = 1 + u rounded, (w - 1) - u is what the rounding added, and log(w) - ((w - 1) - u) / w is log(1 + u) nearly to
-        the last bit.
+        w = 1 + u rounded, (w - 1) - u is what the rounding added, and log(w) - ((w - 1) - u) / w is log(1 + u) nearly
+        to the last bit.
         """
         graph, one = self.graph, self.graph.constant(1.0, "float32")
         u = graph.op("Exp", [graph.op("Min", [x, graph.constant(80.0, "float32")])])  # finite; beyond, the result is x

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from export.onnx_graph.builder import MICROSOFT, GraphBuilder
 from export.onnx_graph.weights import GraphWeights, half
-from yunmin.quantization.layout import GROUP_SIZE
+from yunmin.quantization.layout import GROUP_SIZE, WeightFormat
 from yunmin.quantization.packing import QuantizedWeight
 from yunmin.runtime.onnx_contract import Flavour, Precision
 
@@ -49,7 +49,7 @@ class Matrices:
             return self._nan_where_in(x, product) if keeps_nan else product
         matrix = self._weights.plain(name).T
         if self._precision == "fp16":
-            stored = self._graph.weight(f"{name}.T", half(matrix))
+            stored = self._graph.weight(f"{name}.T", half(matrix, name))
             return self._graph.op("MatMul", [x, self._float(stored)])
         return self._graph.op("MatMul", [x, self._graph.weight(f"{name}.T", matrix)])
 
@@ -78,7 +78,7 @@ class Matrices:
             levels = graph.op("Gather", [packed, ids])  # (B, T, blocks, inputs of a block)
             centred = graph.op("Sub", [self._float(levels), graph.constant(128.0, "float32")])
             flat = graph.op("Reshape", [centred, graph.ints(0, 0, -1)])
-            if width % _int8_block(width):
+            if width % block_size("int8", width):
                 flat = graph.op("Slice", [flat, graph.ints(0), graph.ints(width), graph.ints(2)])
         else:
             flat = self._float(graph.op("Gather", [graph.weight(f"{name}.levels", weight.levels), ids]))
@@ -87,7 +87,7 @@ class Matrices:
 
     def _stored_table(self, name: str) -> str:
         table = self._weights.plain(name)
-        return self._graph.weight(name, half(table) if self._precision == "fp16" else table)
+        return self._graph.weight(name, half(table, name) if self._precision == "fp16" else table)
 
     def _table(self, name: str) -> str:
         stored = self._stored_table(name)
@@ -99,14 +99,14 @@ class Matrices:
     def _packed(self, name: str, weight: QuantizedWeight) -> tuple[str, str]:
         """The integers and scales of `MatMulNBits`: (rows, blocks, bytes) and (rows, blocks)."""
         graph = self._graph
+        block = block_size(weight.format, weight.levels.shape[1])
         if weight.format == "int8":
-            block = _int8_block(weight.levels.shape[1])
             levels = F.pad(weight.levels.to(torch.int16) + 128, (0, -weight.levels.shape[1] % block), value=128)
             packed = levels.to(torch.uint8).unflatten(1, (-1, block))
             scale = weight.scale.float().expand(-1, packed.shape[1])
         else:
-            levels = F.pad(weight.levels + 8, (0, -weight.levels.shape[1] % GROUP_SIZE), value=8)
-            packed = _pairs(levels).unflatten(1, (-1, GROUP_SIZE // 2))
+            levels = F.pad(weight.levels + 8, (0, -weight.levels.shape[1] % block), value=8)
+            packed = _pairs(levels).unflatten(1, (-1, block // 2))
             scale = weight.scale.float()
         return graph.weight(f"{name}.packed", packed), graph.weight(f"{name}.scale", scale)
 
@@ -120,7 +120,7 @@ class Matrices:
             K=inputs,
             N=rows,
             bits=8 if weight.format == "int8" else 4,
-            block_size=_int8_block(inputs) if weight.format == "int8" else GROUP_SIZE,
+            block_size=block_size(weight.format, inputs),
             accuracy_level=INT8_ACTIVATIONS,
         )
 
@@ -145,8 +145,13 @@ class Matrices:
         return graph.op("MatMul", [x, matrix])
 
 
-def _int8_block(inputs: int) -> int:
-    """The power of two that holds all inputs, within what `MatMulNBits` takes."""
+def block_size(weight_format: WeightFormat, inputs: int) -> int:
+    """Inputs of a product that `MatMulNBits` rounds with one scale, in `ort` graphs.
+
+    For int8, whose rows have one scale, the power of two that holds all inputs, within what the operator takes.
+    """
+    if weight_format == "int4":
+        return GROUP_SIZE
     return min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, 1 << (inputs - 1).bit_length()))
 
 

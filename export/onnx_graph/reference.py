@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from export.onnx_graph.matrices import block_size
 from export.onnx_graph.weights import GraphWeights, reference_tensor
 from export.wide import OnCall
 from yunmin.axes import layer_prefix
@@ -24,7 +26,7 @@ def reference_network(checkpoint: Checkpoint, precision: Precision, *, rounds_ac
     Args:
         checkpoint: that the graph is written from.
         precision: of the graph.
-        rounds_activations: whether the inputs of every product are rounded to 8 bits, with one scale per token.
+        rounds_activations: whether the inputs of every product are rounded to 8 bits, in blocks as by `MatMulNBits`.
 
     Raises:
         ConfigError: the precision does not go with the checkpoint's.
@@ -34,11 +36,12 @@ def reference_network(checkpoint: Checkpoint, precision: Precision, *, rounds_ac
     def tensor(name: str) -> Tensor:
         return reference_tensor(weights, precision, name)
 
-    def rounded(module: nn.Module) -> nn.Module:
-        if rounds_activations:
-            for child in module.modules():
-                if isinstance(child, nn.Linear):
-                    child.register_forward_pre_hook(_round_input)
+    def ready(module: nn.Module, prefix: str) -> nn.Module:
+        for name, child in module.named_modules():
+            weight_format = weights.quantization.of(f"{prefix}{name}.weight")
+            if rounds_activations and weight_format is not None:
+                block = block_size(weight_format, child.in_features)
+                child.register_forward_pre_hook(partial(_round_input, block))
         return module.eval().requires_grad_(requires_grad=False)
 
     def mixer(layer: int) -> nn.Module:
@@ -46,7 +49,7 @@ def reference_network(checkpoint: Checkpoint, precision: Precision, *, rounds_ac
             block = MambaBlock(config, layer, MambaMixer)
         prefix = layer_prefix(layer)
         block.load_state_dict({name: tensor(prefix + name) for name in block.state_dict()}, assign=True)
-        return rounded(block.mixer)
+        return ready(block.mixer, f"{prefix}mixer.")
 
     def norm(name: str) -> nn.Module:
         found = RMSNorm(config.d_model, config.norm_eps)
@@ -54,7 +57,7 @@ def reference_network(checkpoint: Checkpoint, precision: Precision, *, rounds_ac
         return found
 
     with torch.device("meta"):
-        model = MambaLM(replace(config))
+        model = MambaLM(config)
     for layer, block in enumerate(model.backbone.blocks):
         block.norm = norm(f"{layer_prefix(layer)}norm.weight")  # type: ignore[assignment]
         block.mixer = OnCall(lambda layer=layer: mixer(layer))  # type: ignore[assignment, misc]
@@ -64,10 +67,12 @@ def reference_network(checkpoint: Checkpoint, precision: Precision, *, rounds_ac
     head = embedding if config.tie_word_embeddings else tensor("lm_head.weight")
     model.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
     model.lm_head.weight = nn.Parameter(head, requires_grad=False)
-    rounded(model.lm_head)
+    ready(model.lm_head, "backbone.embeddings" if config.tie_word_embeddings else "lm_head")
     return model.eval()
 
 
-def _round_input(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
-    levels, scale = quantize_tokens(arguments[0])
-    return (levels * scale,)
+def _round_input(block: int, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
+    (x,) = arguments
+    width = x.shape[-1]
+    levels, scale = quantize_tokens(F.pad(x, (0, -width % block)).unflatten(-1, (-1, block)))
+    return ((levels * scale).flatten(-2)[..., :width],)

@@ -53,5 +53,5 @@ def add_graph(
     write_graph(path, load_checkpoint(folder, quantized=True), wanted)
     gc.collect()  # the graph's weights lie in cycles
     report(f"verifying the ONNX graph on {probe.tokens} tokens")
-    parity = verify_graph(path, folder, wanted, probe)
-    return describe_graph(path, wanted), parity
+    proof = verify_graph(path, folder, wanted, probe)
+    return describe_graph(path, wanted, proof.change), proof.parity

@@ -86,7 +86,7 @@ def reference_checkpoint(checkpoint: Checkpoint, precision: Precision) -> Checkp
 def reference_tensor(weights: GraphWeights, precision: Precision, name: str) -> Tensor:
     """One tensor of the reference checkpoint, float32."""
     if precision == "fp16" and is_matrix(name):
-        return half(weights.plain(name)).float()
+        return half(weights.plain(name), name).float()
     if weights.quantization.of(name) is not None:
         return weights.quantized(name).dequantized()
     return weights.plain(name)
@@ -97,13 +97,15 @@ def is_matrix(name: str) -> bool:
     return Quantization("int8").of(name) is not None
 
 
-def half(weight: Tensor) -> Tensor:
+def half(weight: Tensor, name: str) -> Tensor:
     """Rounded to float16.
 
     Raises:
-        ConfigError: a magnitude is beyond float16.
+        ConfigError: a magnitude is beyond float16; `name` names the weight.
     """
     rounded = weight.half()
     if not bool(rounded.isfinite().all()):
-        raise ConfigError("fp16: a weight lies beyond 65504, which float16 does not hold")
+        raise ConfigError(
+            f"{name}: expected magnitudes up to 65504, which float16 holds, found {weight.abs().max():.4g}"
+        )
     return rounded

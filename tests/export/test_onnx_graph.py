@@ -172,7 +172,7 @@ def test_stacked_states_are_the_layers_states_behind_one_another(tmp_path: Path,
     assert [name.removeprefix("past") for name in inputs] == [name.removeprefix("present") for name in outputs]
 
 
-@pytest.mark.parametrize("step", [1e-6, 1e-3, 30.0])
+@pytest.mark.parametrize("step", [1e-12, 1e-6, 1e-3, 30.0])
 @pytest.mark.parametrize("rate", [1e-3, 1.0, 1e4])
 def test_tiny_and_huge_decays_stay_exact(tmp_path: Path, step: float, rate: float) -> None:
     source = checkpoint()
@@ -180,6 +180,8 @@ def test_tiny_and_huge_decays_stay_exact(tmp_path: Path, step: float, rate: floa
     for name in tensors:
         if name.endswith("dt_proj.bias"):
             tensors[name] = torch.full_like(tensors[name], float(np.log(np.expm1(step))))
+        if name.endswith("x_proj.weight") and step < 1e-6:  # inputs so large that the tiny steps count
+            tensors[name] = torch.cat([tensors[name][:3], tensors[name][3:] / step**0.5])
         if name.endswith("A_log"):
             tensors[name] = torch.full_like(tensors[name], float(np.log(rate)))
     extreme = Checkpoint(source.config, tensors, None, source.folder)
@@ -190,6 +192,31 @@ def test_tiny_and_huge_decays_stay_exact(tmp_path: Path, step: float, rate: floa
     wide = Checkpoint(source.config, {name: t.double() for name, t in tensors.items()}, None, source.folder)
     assert relative(logits, expected_logits(wide, ids)) < 1e-5
     assert all(np.isfinite(state).all() for state in states.values())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["conv", "recurrent"])
+def test_a_state_with_nan_gives_nan_whatever_rounds_activations(
+    tmp_path: Path, flavour: Flavour, precision: Precision, kind: str
+) -> None:
+    write_graph(tmp_path / "m.onnx", checkpoint(), GraphOptions(flavour, precision))
+    session = opened(tmp_path / "m.onnx")
+    states = zero_states(session, 2)
+    states[f"past_key_values.1.{kind}_state"][1, 1, 7] = np.nan
+    for length in (1, 3):
+        logits, _ = read(session, ids_of(2, length), states)
+        assert np.isfinite(logits[0]).all()
+        assert np.isnan(logits[1]).all()
+
+
+def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path) -> None:
+    source = checkpoint()
+    source.tensors["backbone.layers.1.mixer.in_proj.weight"][0, 0] = 7e4
+    with pytest.raises(
+        ConfigError, match=r"layers\.1\.mixer\.in_proj\.weight: .*65504, which float16 holds, found 7e\+04"
+    ):
+        write_graph(tmp_path / "m.onnx", source, GraphOptions(precision="fp16"))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
 from export.cli import main as export_main
-from export.onnx_graph import matrices
+from export.onnx_graph import matrices, verify
 from export.options import Options
 from export.pipeline import export
 from export.verify import make_probe
@@ -61,6 +62,53 @@ def test_graph_that_computes_something_else_leaves_nothing(tmp_path: Path, monke
     monkeypatch.setattr(matrices, "_pairs", lambda nibbles: true_pairs(nibbles.flip(0)))
     with pytest.raises(VerificationError, match=r"^onnx: .*nothing was written"):
         export(source, tmp_path / "out", options=Options(onnx=True, onnx_precision="int4"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_graph_that_serves_something_else_is_refused_however_much_rounding_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    source = write_source(tmp_path / "source", small_config(), tokenizer=False, seed=seed)
+    true_opened = verify._opened
+
+    class Zeros:
+        """A session whose logits are all zero."""
+
+        def __init__(self, session: onnxruntime.InferenceSession) -> None:
+            self.session = session
+
+        def run(self, *arguments: Any) -> list[Any]:
+            logits, *states = self.session.run(*arguments)
+            return [0 * logits, *states]
+
+    monkeypatch.setattr(
+        verify, "_opened", lambda path, graph: (Zeros if graph is None else lambda own: own)(true_opened(path, graph))
+    )
+    with pytest.raises(VerificationError, match=r"^onnx_int8_activations"):
+        export(source, tmp_path / "out", options=Options(onnx=True, onnx_precision="int8"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_shorter_weights_of_a_graph_are_told_of(tmp_path: Path, precision: Precision, capsys: Captured) -> None:
+    source = write_source(tmp_path / "source", small_config(), tokenizer=False)
+    arguments = [str(source), str(tmp_path / "out"), "--onnx", "--onnx-precision", precision]
+    assert run(export_main, arguments) == 0
+    assert "shorter than the artifact's: logits change by" in capsys.readouterr().out
+    assert "Its weights are shorter than the artifact's" in (tmp_path / "out/README.md").read_text()
+    graph = json.loads((tmp_path / "out/manifest.json").read_text())["provenance"]["onnx"]
+    assert 1e-5 < graph["change"] < 1
+    assert {"Scan", "If", "Squeeze"} <= graph["operators"].keys()
+
+
+def test_graph_that_onnxruntime_cannot_run_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path / "source", small_config(), tokenizer=False)
+    true_states = verify._zero_states
+    monkeypatch.setattr(
+        verify, "_zero_states", lambda *of: {name: state[:, :, :1] for name, state in true_states(*of).items()}
+    )
+    with pytest.raises(VerificationError, match=r"^onnx: onnxruntime cannot run the graph: .*nothing was written"):
+        export(source, tmp_path / "out", options=Options(onnx=True))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
