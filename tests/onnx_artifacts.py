@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+import yunmin
 from export.onnx_graph.emit import GraphOptions, write_graph
 from tests.models import random_tensors
 from yunmin.artifact import write_manifest
@@ -14,6 +15,7 @@ from yunmin.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.cost import cost_of
 from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER
+from yunmin.runtime.onnx_runtime import OnnxRuntime
 from yunmin.tokenizer import Tokenizer
 
 
@@ -39,8 +41,14 @@ def write_onnx_artifact(
 
 def record(folder: Path, config: MambaConfig) -> None:
     """Writes the manifest of a folder as it is."""
-    cost = cost_of(config)
-    write_manifest(folder, provenance={}, before=cost, after=cost, cuts=[], parity={})
+    cost, stored = cost_of(config), load_checkpoint(folder, quantized=True).quantization.format
+    write_manifest(folder, provenance={}, before=cost, after=cost, cuts=[], parity={}, quantization=stored)
+
+
+def onnx_runtime_of(folder: Path) -> OnnxRuntime:
+    runtime = yunmin.load(folder, device="cpu", runtime="onnx").runtime
+    assert isinstance(runtime, OnnxRuntime)
+    return runtime
 
 
 def checkpoint_of(folder: Path) -> Checkpoint:

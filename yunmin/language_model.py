@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from yunmin.artifact import is_artifact, load_artifact
+from yunmin.artifact import Manifest, is_artifact, load_artifact
 from yunmin.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.errors import ConfigError, RequestError, TokenizerError
@@ -225,9 +225,11 @@ def _load_graph(folder: Path, device: str) -> LanguageModel:
     if not is_artifact(folder):
         raise ConfigError(f"{folder}: the onnx runtime runs the graph of an artifact; export it with --onnx")
     checkpoint, manifest = load_artifact(folder)
-    config, graph = checkpoint.config, GraphFile.of_artifact(folder, manifest)
-    runtime = OnnxRuntime(graph, config, usable_device(device))
-    return LanguageModel(runtime, checkpoint.tokenizer, folder, lambda: graph.fingerprint(config))
+    runtime = OnnxRuntime(GraphFile.of_artifact(folder, manifest), checkpoint.config, usable_device(device))
+    # a graph in float32 has the weights that the artifact's stand for, however they are stored
+    other = "" if runtime.precision in ("fp32", manifest.quantization) else runtime.precision
+    fingerprint = partial(_artifact_fingerprint, checkpoint.config, manifest, other)
+    return LanguageModel(runtime, checkpoint.tokenizer, folder, fingerprint)
 
 
 def fingerprint_of(config: MambaConfig, tensors: Mapping[str, Tensor]) -> str:
@@ -245,8 +247,13 @@ def _load_plain(folder: Path) -> tuple[Checkpoint, Callable[[], str]]:
         checkpoint = load_checkpoint(folder)
         return checkpoint, lambda: fingerprint_of(checkpoint.config, checkpoint.tensors)
     checkpoint, manifest = load_artifact(folder)
-    facts = json.dumps(asdict(checkpoint.config), sort_keys=True) + manifest.files["model.safetensors"].sha256
-    return checkpoint, lambda: hashlib.sha256(facts.encode()).hexdigest()
+    return checkpoint, partial(_artifact_fingerprint, checkpoint.config, manifest)
+
+
+def _artifact_fingerprint(config: MambaConfig, manifest: Manifest, precision: str = "") -> str:
+    """SHA-256 over a config, the file of weights and, where these were rounded further, to what."""
+    facts = json.dumps(asdict(config), sort_keys=True) + manifest.files["model.safetensors"].sha256 + precision
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _moved(model: MambaLM, device: str) -> MambaLM:

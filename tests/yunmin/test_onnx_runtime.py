@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,18 +16,17 @@ from torch import Tensor
 import yunmin
 from export.onnx_graph.emit import GraphOptions
 from export.onnx_graph.weights import reference_checkpoint
-from tests.models import random_ids, small_config, write_model
-from tests.onnx_artifacts import checkpoint_of, record, write_onnx_artifact
+from tests.models import random_ids, small_config
+from tests.onnx_artifacts import checkpoint_of, onnx_runtime_of, write_onnx_artifact
 from yunmin.config import MambaConfig
-from yunmin.errors import ArtifactError, ConfigError, MissingExtraError, RequestError, ShapeError, StateError
+from yunmin.errors import ArtifactError, RequestError, ShapeError, StateError
 from yunmin.model import MambaLM
 from yunmin.runtime.onnx_contract import Flavour
 from yunmin.runtime.onnx_runtime import OnnxRuntime
-from yunmin.runtime.onnx_session import Binding, GraphSession
+from yunmin.runtime.onnx_session import Binding
 from yunmin.runtime.onnx_state import OnnxState
 from yunmin.runtime.torch_runtime import TorchRuntime
 from yunmin.state import MambaState
-from yunmin.threads import get_threads, set_threads
 
 AWKWARD = {
     "odd widths": small_config(d_model=40).with_widths(d_inner=[72, 24], d_state=[3, 5]),
@@ -38,12 +36,6 @@ AWKWARD = {
     "many states, seven taps": small_config(d_conv=7).with_widths(d_inner=[32, 48], d_state=[64, 2]),
 }
 SAME = 1e-4  # of the largest logit
-
-
-def onnx_runtime_of(folder: Path) -> OnnxRuntime:
-    runtime = yunmin.load(folder, device="cpu", runtime="onnx").runtime
-    assert isinstance(runtime, OnnxRuntime)
-    return runtime
 
 
 def torch_runtime_of(folder: Path) -> TorchRuntime:
@@ -69,13 +61,6 @@ def runtime(folder: Path) -> OnnxRuntime:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> TorchRuntime:
     return torch_runtime_of(folder)
-
-
-@pytest.fixture
-def threads() -> Any:
-    before = get_threads()
-    yield set_threads
-    set_threads(before)
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
@@ -160,7 +145,7 @@ def test_steps_take_turns_between_two_places_and_copy_nothing(
         raise AssertionError("a state was copied, or bound anew")
 
     with monkeypatch.context() as watched:
-        watched.setattr("yunmin.runtime.onnx_runtime.Binding", refuse)
+        watched.setattr("yunmin.runtime.onnx_session.Binding", refuse)
         for name in ("index_copy_", "copy_", "clone", "to"):
             watched.setattr(torch.Tensor, name, refuse)
         for _ in range(4):
@@ -235,20 +220,6 @@ def test_states_travel_between_the_runtimes(folder: Path, runtime: OnnxRuntime) 
             assert type(after) is type(second.new_state(1))
 
 
-def test_a_saved_state_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
-    model = yunmin.load(folder, device="cpu", runtime="onnx")
-    snapshot = model.snapshot([1, 2, 3])
-    expected = model.generate([1, 2, 3], max_tokens=9, temperature=0)
-    for _ in range(2):  # the snapshot is not written over
-        assert model.generate(snapshot, max_tokens=9, temperature=0).token_ids == expected.token_ids
-    model.save_state(tmp_path / "state.safetensors", snapshot)
-    again = yunmin.load(folder, device="cpu", runtime="onnx")
-    restored = again.load_state(tmp_path / "state.safetensors")
-    assert again.generate(restored, max_tokens=9, temperature=0).token_ids == expected.token_ids
-    with pytest.raises(StateError, match="another model"):
-        yunmin.load(folder, device="cpu", runtime="native").load_state(tmp_path / "state.safetensors")
-
-
 def test_nbytes_count_one_sequence_whatever_has_happened_to_it(runtime: OnnxRuntime) -> None:
     state = runtime.new_state(2)
     expected = MambaState.zeros(runtime.config, 2).nbytes
@@ -318,27 +289,6 @@ def test_a_step_that_fails_leaves_the_states_as_they_were(
     assert torch.equal(runtime.step([3], state)[0], expected)
 
 
-def test_another_number_of_threads_opens_the_graph_again_once(
-    folder: Path, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = []
-
-    def watched(*arguments: Any) -> GraphSession:
-        opened.append(arguments[-1])
-        return GraphSession(*arguments)
-
-    monkeypatch.setattr("yunmin.runtime.onnx_runtime.GraphSession", watched)
-    threads(1)
-    runtime = onnx_runtime_of(folder)
-    logits, state = runtime.prefill([1, 2, 3])
-    runtime.step([4], state)
-    for count in (2, 2, 1):
-        threads(count)
-        require_same(runtime.prefill([1, 2, 3])[0], logits)
-        runtime.step([4], state)
-    assert opened == [1, 2, 1]
-
-
 def test_threads_share_a_runtime(runtime: OnnxRuntime) -> None:
     def generated(seed: int) -> Tensor:
         logits, state = runtime.prefill([seed, 5, 9])
@@ -377,66 +327,6 @@ def test_weight_bytes_count_a_tied_head_once_and_int8_a_quarter(tmp_path: Path) 
     assert found["int8"] < 0.35 * found["tied"]
 
 
-def test_load_refuses_what_has_no_graph_it_can_run(tmp_path: Path) -> None:
-    config = small_config()
-    plain = write_model(tmp_path / "plain", config)
-    bare = write_onnx_artifact(tmp_path / "bare", config, None)
-    stacked = write_onnx_artifact(tmp_path / "stacked", config, GraphOptions(states="stacked"))
-    good = write_onnx_artifact(tmp_path / "good", config)
-    wide = write_onnx_artifact(tmp_path / "wide", config.with_widths(d_inner=[48, 48]))
-    refused = {
-        plain: "export it with --onnx",
-        bare: r"expected onnx/model.onnx for the onnx runtime, found none; export the artifact with --onnx",
-        stacked: "expected states by layer, found stacked ones",
-    }
-    for folder, message in refused.items():
-        with pytest.raises(ConfigError, match=message):
-            yunmin.load(folder, runtime="onnx")
-    for device, message in {
-        "cuda": "has no CUDAExecutionProvider; install onnxruntime-gpu",
-        "meta": "runs on a CPU or on CUDA, not on 'meta'",
-        "gpu": "device 'gpu' cannot be used",
-    }.items():
-        if device != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            with pytest.raises(ConfigError, match=message):
-                yunmin.load(good, device=device, runtime="onnx")
-    graph = good / "onnx/model.onnx"
-    graph.with_name("model.onnx.data").write_bytes(b"unknown")
-    with pytest.raises(ArtifactError, match=r"expected a record of onnx/model\.onnx\.data in the manifest"):
-        yunmin.load(good, runtime="onnx")
-    graph.with_name("model.onnx.data").unlink()
-    for content, message in {
-        (wide / "onnx/model.onnx").read_bytes(): "expected the graph of the artifact's config.json, found other widths",
-        b"no graph": r"model\.onnx: onnxruntime [0-9.]+ refuses it: ",
-        _identity_graph(): "expected a graph of yunmin's format 2, found None",
-    }.items():
-        graph.write_bytes(content)
-        with pytest.raises(ArtifactError, match="wrong hash"):
-            yunmin.load(good, runtime="onnx")
-        record(good, config)
-        with pytest.raises(ArtifactError, match=message):
-            yunmin.load(good, runtime="onnx")
-
-
-def test_a_graph_that_changes_after_loading_is_not_opened_again(tmp_path: Path, threads: Callable[[int], None]) -> None:
-    threads(1)
-    folder = write_onnx_artifact(tmp_path / "artifact", small_config())
-    runtime = onnx_runtime_of(folder)
-    (folder / "onnx/model.onnx").write_bytes(b"another")
-    runtime.prefill([1])
-    threads(2)
-    with pytest.raises(ArtifactError, match=r"model\.onnx: wrong hash"):
-        runtime.prefill([1])
-
-
-def test_a_missing_onnxruntime_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("yunmin.runtime.onnx_runtime", "yunmin.runtime.onnx_session"):
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtraError, match=r"'onnxruntime': pip install 'yunmin\[onnx\]'"):
-        yunmin.load(folder, runtime="onnx")
-
-
 def test_weights_of_their_own_file_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.onnx_graph.external.EXTERNAL_BYTES", 0)
     folder = write_onnx_artifact(tmp_path / "artifact", small_config())
@@ -465,15 +355,3 @@ def test_cuda_computes_what_the_cpu_computes(folder: Path, runtime: OnnxRuntime)
         assert isinstance(rows, OnnxState)
     expected, _ = runtime.step([5], runtime.step([5], runtime.step([5], runtime.step([5], before)[1])[1])[1])
     require_same(logits[:1].cpu(), expected)
-
-
-def _identity_graph() -> bytes:
-    import onnx
-
-    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    graph = onnx.helper.make_graph([node], "other", [value], [result])
-    opset = onnx.helper.make_opsetid("", 21)
-    content: bytes = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
-    return content

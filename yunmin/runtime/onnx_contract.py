@@ -95,7 +95,17 @@ class GraphFacts:
             if found[key] not in get_args(known):
                 raise ArtifactError(f"{where}: {key}: expected {' or '.join(get_args(known))}, found {found[key]!r}")
         try:
-            config = MambaConfig.from_dict(json.loads(metadata[f"{_PREFIX}config"]), where=where)
-        except (KeyError, ValueError, ConfigError) as error:
-            raise ArtifactError(f"{where}: config: {error}") from None
+            config = MambaConfig.from_dict(_json_object(metadata.get(f"{_PREFIX}config", "")), where="its config")
+        except ConfigError as error:
+            raise ArtifactError(f"{where}: {error}") from None
         return cls(config, **found)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"its config: expected JSON, {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"its config: expected a JSON object, found {found!r:.60}")
+    return found

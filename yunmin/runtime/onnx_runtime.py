@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from yunmin.config import MambaConfig
 from yunmin.errors import ArtifactError, RequestError, ShapeError
+from yunmin.runtime.onnx_contract import Precision
 from yunmin.runtime.onnx_session import Binding, GraphFile, GraphSession
 from yunmin.runtime.onnx_state import Layout, OnnxState, StateMemory
 from yunmin.state import MambaState
@@ -43,9 +45,12 @@ class OnnxRuntime:
         self._layout = Layout.of(config)
         self._session = GraphSession(graph, device, get_threads())
         self._working = threading.Lock()  # over the session and the states' bindings
-        found = self._session.facts.config
-        if (Layout.of(found), found.vocab_size) != (self._layout, config.vocab_size):
-            raise ArtifactError(f"{graph.path}: expected the graph of the artifact's config.json, found other widths")
+        for field in fields(config):
+            expected, found = (getattr(each, field.name) for each in (config, self._session.facts.config))
+            if found != expected:
+                raise ArtifactError(
+                    f"{graph.path}: {field.name}: expected {expected!r} as the artifact has it, found {found!r}"
+                )
 
     @property
     def config(self) -> MambaConfig:
@@ -54,6 +59,11 @@ class OnnxRuntime:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def precision(self) -> Precision:
+        """How the graph's weights are stored."""
+        return self._session.facts.precision
 
     @property
     def weight_bytes(self) -> int:
@@ -136,12 +146,7 @@ class OnnxRuntime:
     def _step(self, ids: Tensor, state: OnnxState, logits: Tensor) -> None:
         """Writes the next states of the rows over those of the step before the last."""
         memory, count, session = state.memory, state.batch_size, self._current_session()
-        side = memory.settle(state.rows)
-        binding = memory.bindings.get((count, side))
-        if binding is None or binding.session is not session:
-            binding = Binding(session, count, (memory, side), (memory, 1 - side))
-            memory.keep_binding(count, side, binding)
-        binding.run(ids, logits)
+        session.step_binding(memory, count, memory.settle(state.rows)).run(ids, logits)
         memory.turn(count)
 
     def _current_session(self) -> GraphSession:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from yunmin.artifact import Manifest
-from yunmin.config import MambaConfig
 from yunmin.errors import ArtifactError, ConfigError, MissingExtraError
 from yunmin.files import sha256_file
 from yunmin.runtime.onnx_contract import (
@@ -26,7 +25,7 @@ from yunmin.runtime.onnx_contract import (
     past_name,
     present_name,
 )
-from yunmin.runtime.onnx_state import StateMemory
+from yunmin.runtime.onnx_state import Layout, StateMemory
 
 try:
     import onnxruntime
@@ -47,6 +46,8 @@ _REFUSALS = (
 )
 _EXACT_ACTIVATIONS = "1"
 _KINDS = ("conv", "recurrent")
+_Argument = tuple[str, list[int | None]]  # type and shape, as onnxruntime names them; None for any number
+_MOST_BINDINGS = 64  # of one memory: each knows two places of every tensor
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,6 @@ class GraphFile:
         sha256 = {name: record.sha256 for name, record in records.items()}
         return cls(folder / names[GRAPH_FILE], sha256, sum(record.bytes for record in records.values()))
 
-    def fingerprint(self, config: MambaConfig) -> str:
-        """SHA-256 over the config and the files."""
-        facts = json.dumps([asdict(config), self.sha256], sort_keys=True)
-        return hashlib.sha256(facts.encode()).hexdigest()
-
     def require_unchanged(self) -> None:
         """Raises ArtifactError where a file is not, or no longer, what the manifest says; names it."""
         for name, expected in self.sha256.items():
@@ -114,7 +110,8 @@ class Binding:
         write: tuple[StateMemory, int],
         kept: int = 1,
     ) -> None:
-        self.session = session
+        self._ort = session.ort
+        self._cuda = session.device if session.device.type == "cuda" else None
         self._device = (session.device.type, session.device.index or 0)
         self._io = session.ort.io_binding()
         for bind, names, (memory, side) in (
@@ -138,10 +135,10 @@ class Binding:
         """
         self._io.bind_input(INPUT_IDS, *self._device, np.int64, tuple(ids.shape), ids.data_ptr())
         self._io.bind_output(LOGITS, *self._device, np.float32, tuple(logits.shape), logits.data_ptr())
-        if self.session.device.type == "cuda":  # torch's stream and the session's know nothing of each other
-            torch.cuda.current_stream(self.session.device).synchronize()
-        self.session.ort.run_with_iobinding(self._io)
-        if self.session.device.type == "cuda":
+        if self._cuda is not None:  # torch's stream and the session's know nothing of each other
+            torch.cuda.current_stream(self._cuda).synchronize()
+        self._ort.run_with_iobinding(self._io)
+        if self._cuda is not None:
             self._io.synchronize_outputs()
 
 
@@ -188,6 +185,36 @@ class GraphSession:
         layers = range(self.facts.config.n_layers)
         self.past_names = [past_name(layer, kind) for layer in layers for kind in _KINDS]
         self.present_names = [present_name(layer, kind) for layer in layers for kind in _KINDS]
+        self._require_contract(graph.path)
+        self._bindings: WeakKeyDictionary[StateMemory, OrderedDict[tuple[int, int], Binding]] = WeakKeyDictionary()
+
+    def step_binding(self, memory: StateMemory, count: int, side: int) -> Binding:
+        """Of a step of the first so many rows that reads one side and writes the other; those last used are kept."""
+        kept = self._bindings.setdefault(memory, OrderedDict())
+        if (binding := kept.get((count, side))) is None:
+            binding = kept[count, side] = Binding(self, count, (memory, side), (memory, 1 - side))
+            if len(kept) > _MOST_BINDINGS:
+                kept.popitem(last=False)
+        else:
+            kept.move_to_end((count, side))
+        return binding
+
+    def _require_contract(self, where: Path) -> None:
+        """Raises ArtifactError where an input or output is missing, or of another type or shape; names it."""
+        shapes = Layout.of(self.facts.config).shapes
+        inputs: dict[str, _Argument] = {INPUT_IDS: ("tensor(int64)", [None, None]), KEPT_LOGITS: ("tensor(int64)", [])}
+        outputs: dict[str, _Argument] = {LOGITS: ("tensor(float)", [None, None, self.facts.config.vocab_size])}
+        for shape, past, present in zip(shapes, self.past_names, self.present_names, strict=True):
+            inputs[past] = outputs[present] = ("tensor(float)", [None, *shape])
+        for kind, expected, arguments in (
+            ("input", inputs, (*self.ort.get_inputs(), *self.ort.get_overridable_initializers())),
+            ("output", outputs, self.ort.get_outputs()),
+        ):
+            found = {a.name: (a.type, [n if isinstance(n, int) else None for n in a.shape]) for a in arguments}
+            for name in sorted(expected.keys() | found.keys()):
+                wanted, given = expected.get(name), found.get(name)
+                if given != wanted:
+                    raise ArtifactError(f"{where}: {kind} {name!r}: expected {_shown(wanted)}, found {_shown(given)}")
 
 
 def usable_device(wanted: str) -> torch.device:
@@ -204,7 +231,7 @@ def usable_device(wanted: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device {wanted!r} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cpu":
-        return device
+        return torch.device("cpu")  # there is one, whatever number it is given
     if device.type != "cuda":
         raise ConfigError(f"the onnx runtime runs on a CPU or on CUDA, not on {wanted!r}")
     if not has_provider:
@@ -214,6 +241,12 @@ def usable_device(wanted: str) -> torch.device:
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {wanted!r} cannot be used: torch finds no such device")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _shown(argument: _Argument | None) -> str:
+    if argument is None:
+        return "none"
+    return f"{argument[0]} of shape ({', '.join('any' if n is None else str(n) for n in argument[1])})"
 
 
 def _providers(device: torch.device) -> Sequence[str | tuple[str, dict[str, object]]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +12,7 @@ from torch import Tensor
 from yunmin.config import MambaConfig
 from yunmin.state import MambaState, require_widths
 
-if TYPE_CHECKING:
-    from yunmin.runtime.onnx_session import Binding
-
 _ALIGNMENT = 16  # numbers: a tensor begins where a line of the cache does
-_MOST_BINDINGS = 64  # of one memory, the last used ones: each knows two places of every tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class StateMemory:
     """Room for the states of some rows, twice: a step reads a row's state on one side and writes it on the other.
 
     The other side is allocated with the first step. Each row is on the side that holds its state; the rows of a step
-    must be on one, and are brought there if they are not.
+    must be on one, and are brought there if they are not. Whether torch is in inference mode makes no difference.
 
     Args:
         layout: of a row.
@@ -70,7 +64,6 @@ class StateMemory:
     Attributes:
         layout, rows, device: as above.
         begins: where each tensor (rows, *shape) begins among a side's numbers.
-        bindings: of steps of so many first rows that read a side; the last used ones.
     """
 
     def __init__(self, layout: Layout, rows: int, device: torch.device, *, zeros: bool = True) -> None:
@@ -80,27 +73,26 @@ class StateMemory:
         for shape in layout.shapes:
             self.begins.append(self._numbers)
             self._numbers += -(-rows * prod(shape) // _ALIGNMENT) * _ALIGNMENT
-        make = torch.zeros if zeros else torch.empty
-        self._sides: list[Tensor | None] = [make(self._numbers, dtype=torch.float32, device=device), None]
+        self._sides: list[Tensor | None] = [self._room(torch.zeros if zeros else torch.empty), None]
         self._views: list[list[Tensor]] = [[], []]
         self._side_of = [0] * rows
-        self.bindings: OrderedDict[tuple[int, int], Binding] = OrderedDict()
 
     def side(self, side: int) -> Tensor:
         """The numbers of a side (n,)."""
         found = self._sides[side]
         if found is None:
-            found = self._sides[side] = torch.empty(self._numbers, dtype=torch.float32, device=self.device)
+            found = self._sides[side] = self._room(torch.empty)
         return found
 
     def tensors(self, side: int) -> list[Tensor]:
         """A side's states (rows, *shape), by layout; views."""
         if not self._views[side]:
             numbers = self.side(side)
-            self._views[side] = [
-                numbers[begin : begin + self.rows * prod(shape)].view(self.rows, *shape)
-                for begin, shape in zip(self.begins, self.layout.shapes, strict=True)
-            ]
+            with torch.inference_mode(False):
+                self._views[side] = [
+                    numbers[begin : begin + self.rows * prod(shape)].view(self.rows, *shape)
+                    for begin, shape in zip(self.begins, self.layout.shapes, strict=True)
+                ]
         return self._views[side]
 
     def settle(self, rows: Sequence[int]) -> int:
@@ -120,6 +112,7 @@ class StateMemory:
         """The first rows have been written on their other side."""
         self._note(range(count), 1 - self._side_of[0])
 
+    @torch.no_grad()
     def write(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Writes states (n, *shape), by layout, of any float type and device, over rows."""
         if not rows:
@@ -142,11 +135,9 @@ class StateMemory:
             torch.index_select(theirs, 0, index, out=mine)
         return copy
 
-    def keep_binding(self, count: int, side: int, binding: Binding) -> None:
-        """Adds to `bindings`."""
-        self.bindings[count, side] = binding
-        if len(self.bindings) > _MOST_BINDINGS:
-            self.bindings.popitem(last=False)
+    def _room(self, make: Callable[..., Tensor]) -> Tensor:
+        with torch.inference_mode(False):
+            return make(self._numbers, dtype=torch.float32, device=self.device)
 
     def _note(self, rows: Sequence[int], side: int) -> None:
         for row in rows:
@@ -220,15 +211,21 @@ class OnnxState(MambaState):
         return self if torch.device(device) == self.memory.device else super().to(device)
 
     def gather(self, rows: Sequence[int]) -> OnnxState:
-        picked = [self.rows[row] for row in rows]
-        return OnnxState(self.memory.copied(picked), len(picked))
+        self._require_rows(rows)
+        return OnnxState(self.memory.copied(rows), len(rows))
 
     def first_rows(self, count: int) -> OnnxState:
         return OnnxState(self.memory, len(self.rows[:count]))
 
     def scatter_(self, rows: Sequence[int], source: MambaState) -> None:
+        self._require_rows(rows)
         self.memory.layout.require_fit(source)
-        self.memory.write([self.rows[row] for row in rows], graph_tensors(source))
+        self.memory.write(rows, graph_tensors(source))
+
+    def _require_rows(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            if row not in self.rows:
+                raise IndexError(f"row {row}: expected one of 0..{len(self.rows) - 1}")
 
 
 def graph_tensors(state: MambaState) -> list[Tensor]:
