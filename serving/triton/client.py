@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import queue
 import urllib.error
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from yunmin.errors import ConfigError, MissingExtraError, YunminError
+from yunmin.errors import ConfigError, MissingExtraError, RequestError, YunminError
 from yunmin.triton_contract import (
     IDS_INPUT,
     IDS_OUTPUT,
@@ -25,6 +26,8 @@ from yunmin.triton_contract import (
 
 _CONNECT_S = 10.0
 _LONGEST_LINE = 4_194_304
+_LONGEST_WAIT_S = 86_400.0
+_LARGEST_ID = 2**63 - 1
 
 
 class TritonError(YunminError):
@@ -66,7 +69,8 @@ def ask(
         timeout_s: most seconds between two answers.
 
     Raises:
-        ConfigError: the URL is none of these.
+        ConfigError: the URL is none of these, or the time is impossible.
+        RequestError: the prompt is no text, or a token id none of Triton's integers.
         MissingExtraError: the URL wants gRPC, and tritonclient is not installed.
         TritonError: the server is away, knows no such model, or refuses or fails the request.
     """
@@ -75,9 +79,20 @@ def ask(
         has_port = parts.port is not None
     except ValueError as error:
         raise ConfigError(f"URL {url!r}: expected a port, {error}") from None
-    if parts.scheme not in ("grpc", "grpcs", "http", "https") or not parts.hostname:
+    is_grpc = parts.scheme in ("grpc", "grpcs")
+    has_more = parts.query or parts.fragment or (is_grpc and parts.path.strip("/"))
+    if has_more or not (is_grpc or parts.scheme in ("http", "https")) or not parts.hostname:
         raise ConfigError(f"URL {url!r}: expected grpc://HOST:PORT or http://HOST:PORT")
-    if parts.scheme.startswith("grpc"):
+    if not 0 < timeout_s <= _LONGEST_WAIT_S:  # NaN fails this, too
+        raise ConfigError(f"timeout: expected seconds above 0, at most {_LONGEST_WAIT_S:g}, got {timeout_s:g}")
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(TEXT_INPUT, f"must be UTF-8, character {error.start} is not") from None
+    elif not all(-_LARGEST_ID <= token_id <= _LARGEST_ID for token_id in prompt):
+        raise RequestError(IDS_INPUT, "token ids must be integers of 64 bits")
+    if is_grpc:
         if not has_port:
             raise ConfigError(f"URL {url!r}: expected a port, as in grpc://{parts.hostname}:8001")
         return _ask_grpc(parts.netloc, parts.scheme == "grpcs", model, prompt, sampling, stream, timeout_s)
@@ -106,7 +121,9 @@ def _ask_http(
         with error:  # else its connection lives as long as the error, and Triton waits for it before it ends
             message = _message(error.read(_LONGEST_LINE), error.reason)
         raise TritonError(f"{url}: model {model!r}: {message}") from None
-    except (OSError, urllib.error.URLError) as error:
+    except http.client.HTTPException as error:
+        raise TritonError(f"{url}: no Triton server answers: expected HTTP, found {str(error)[:80]!r}") from None
+    except OSError as error:
         reason = getattr(error, "reason", None) or error
         raise TritonError(f"{url}: no Triton server answers: {reason}") from None
 

@@ -105,8 +105,8 @@ class TritonPythonModel:
         while self._loop.time() < end:
             await asyncio.sleep(_LOOK_S)
             self._drop_departed()
-            if self._running and end == math.inf and not self._is_wanted():
-                end = self._loop.time() + self._settings.grace_s
+            if self._running and end == math.inf:
+                end = self._loop.time() + self._time_left_s()
         await asyncio.to_thread(self._engine.stop)
 
     def _drop_departed(self) -> None:
@@ -115,16 +115,16 @@ class TritonPythonModel:
             if sender.is_cancelled():
                 stream.cancel()
 
-    def _is_wanted(self) -> bool:
-        """Whether the model is neither unloaded nor the server exiting.
+    def _time_left_s(self) -> float:
+        """For what runs: no end while the server wants the model, the grace once it is unloaded, none when it exits.
 
-        To be asked while a response is due: later nobody answers. Not to be asked again after "no": in an exiting
-        server that answer is an error, and a few of them break the backend's shared memory.
+        To be asked while a response is due: later nobody answers. Not to be asked again after an end: in an exiting
+        server the answer is an error, and several of them, or many responses after one, break the shared memory.
         """
         try:
-            return bool(self._backend.is_model_ready(*self._place))
+            return math.inf if self._backend.is_model_ready(*self._place) else self._settings.grace_s
         except self._backend.TritonModelException:
-            return False
+            return 0.0
 
     async def _answer(self, request: Any, sender: Any) -> None:
         try:

@@ -116,34 +116,36 @@ def model(backend: Backend, tmp_path: Path) -> Iterator[TritonPythonModel]:
     loaded.finalize()
 
 
-def begin(model: TritonPythonModel, sender: Sender, **sampling: object) -> None:
-    model.execute([Request(sender, text_input=b"x", stream=True, sampling_parameters=json.dumps(sampling))])
+def begin(model: TritonPythonModel, sender: Sender, prompt: bytes = b"x", **sampling: object) -> None:
+    model.execute([Request(sender, text_input=prompt, stream=True, sampling_parameters=json.dumps(sampling))])
 
 
 def test_no_reference_keeps_a_sender_after_its_last_response(model: TritonPythonModel) -> None:
     gc.collect()
     gc.disable()  # an idle process collects nothing
     try:
-        for sampling in ({"max_tokens": 3}, {"top_q": 1}, {"max_tokens": 1_000_000, "ignore_eos": True}):
+        for prompt, sampling in (
+            (b"x", {"max_tokens": 3}),
+            (b"x", {"top_q": 1}),
+            (b"", {"max_tokens": 3}),
+            (b"x", {"max_tokens": 1_000_000, "ignore_eos": True}),
+        ):
             sender = Sender()
             kept, ended = weakref.ref(sender), sender.ended
-            begin(model, sender, **sampling)
+            begin(model, sender, prompt, **sampling)
             assert sender.begun.wait(60)
             sender.is_gone = True
             del sender
             assert ended.wait(60)
-            model._loop.call_soon_threadsafe(lambda: None)
             gone = threading.Event()
             model._loop.call_soon_threadsafe(model._loop.call_later, 0.2, gone.set)  # after the next look
             assert gone.wait(60)
-            assert kept() is None, sampling
+            assert kept() is None, (prompt, sampling)
     finally:
         gc.enable()
 
 
-def test_a_server_that_exits_is_asked_once_and_streams_end_after_the_grace(
-    model: TritonPythonModel, backend: Backend
-) -> None:
+def test_a_server_that_exits_is_asked_once_and_streams_end(model: TritonPythonModel, backend: Backend) -> None:
     sender = Sender()
     begin(model, sender, max_tokens=1_000_000, ignore_eos=True)
     assert sender.begun.wait(60)
