@@ -13,10 +13,11 @@ from export.options import Options
 from export.order import reordered
 from export.texts import Texts
 from export.verify import Probe, logits_as_batch, logits_by_steps, logits_one_by_one, require_parity
-from export.wide import in_float64
+from export.wide import in_float64, releasing_layers
 from yunmin.artifact import Parity
 from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
+from yunmin.memory import trim_heap
 from yunmin.model import MambaLM
 
 Report = Callable[[str], None]
@@ -67,6 +68,7 @@ def exact_export(source: Source, probe: Probe, texts: Texts | None, options: Opt
     compact = reordered(compact_model(source), options.order, texts.calibration if texts is not None else None, report)
     report(f"verifying in float64 on {probe.tokens} tokens")
     parity, expected = _verify_float64(source, compact.config, compact.tensors, probe)
+    trim_heap()
     compact = compact.cast(torch.float32)  # the one rounding
     checkpoint = replace(source.checkpoint, config=compact.config, tensors=compact.tensors)
     return Exact(checkpoint, compact.channels, compact.residual, {"float64": parity}, expected)
@@ -75,11 +77,12 @@ def exact_export(source: Source, probe: Probe, texts: Texts | None, options: Opt
 def verify_float32(checkpoint: Checkpoint, expected: Expected, probe: Probe) -> dict[str, Parity]:
     """Float32 weights, in memory or as they were read back, against what they must compute, and by steps."""
     model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors, shares_memory=True)
-    logits = logits_as_batch(model, probe).to(expected.logits.dtype)
-    return {
-        expected.what: require_parity(expected.what, logits, expected.logits, hint=expected.hint),
-        "stepwise": require_parity("stepwise", *logits_by_steps(model, probe)),
-    }
+    with releasing_layers(model):
+        logits = logits_as_batch(model, probe).to(expected.logits.dtype)
+    parity = require_parity(expected.what, logits, expected.logits, hint=expected.hint)
+    del logits
+    trim_heap()
+    return {expected.what: parity, "stepwise": require_parity("stepwise", *logits_by_steps(model, probe))}
 
 
 def expected_of_cut(cut: Checkpoint, probe: Probe) -> Expected:
@@ -100,7 +103,9 @@ def _verify_float64(
     exported = logits_as_batch(in_float64(MambaLM.from_tensors(config, tensors, shares_memory=True)), probe)
     parity = require_parity("float64", exported, trained)
     del exported
-    single = logits_one_by_one(trained_model(source), probe)
+    trim_heap()
+    with releasing_layers(trained_model(source)) as model:
+        single = logits_one_by_one(model, probe)
     rounding = max(float((a - b).abs().max()) for a, b in zip(single, trained, strict=True))
     hint = f" (in float64 both agree, and the trained model's own float32 logits are off by {rounding:.3g})"
     return parity, Expected("float32", single, hint)

@@ -21,6 +21,7 @@ from export.write import Proof, artifact_folder, check_destination, finish_artif
 from yunmin.artifact import Manifest, Parity
 from yunmin.checkpoint import Checkpoint, load_checkpoint
 from yunmin.config import MambaConfig
+from yunmin.memory import trim_heap
 
 Report = Callable[[str], None]
 
@@ -74,6 +75,7 @@ def export(
         check_repository(Path(options.triton), out, states=tuple(states), force=force)
     with artifact_folder(out, force=force) as folder:
         made = _write_weights(folder, source, adapters, options, report)  # its tensors go with its frame
+        trim_heap()
         report(f"verifying what was written on {made.probe.tokens} tokens")
         written = load_checkpoint(folder, quantized=True)
         proof = made.proof.joined(_verify_written(written, made))

@@ -114,7 +114,12 @@ def logits_one_by_one(model: MambaLM, probe: Probe) -> Tensor:
 def logits_as_batch(model: MambaLM, probe: Probe) -> Tensor:
     """Logits of all sequences read as one padded batch, without the padding's (tokens, V)."""
     input_ids, mask = _pad(probe.sequences)
-    return torch.as_tensor(model(input_ids, mask))[mask]
+    # the head gets no padding, whose logits would be as large again
+    hook = model.lm_head.register_forward_pre_hook(lambda _, arguments: (arguments[0][mask],))
+    try:
+        return torch.as_tensor(model(input_ids, mask))
+    finally:
+        hook.remove()
 
 
 def steps_of(probe: Probe) -> int:

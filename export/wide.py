@@ -7,13 +7,15 @@ it has answered, so that no more than a layer exists at once; everything else of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from yunmin.memory import release_pages
 from yunmin.model import MambaLM
 
 _VOCABULARY_ROWS = 4096  # of the head, computed at once
@@ -31,7 +33,24 @@ class OnCall(nn.Module):
         self._make = make
 
     def forward(self, *arguments: Any) -> Any:
-        return self._make()(*arguments)
+        module = self._make()
+        answer = module(*arguments)
+        release_pages(module.parameters())
+        return answer
+
+
+@contextmanager
+def releasing_layers(model: MambaLM) -> Iterator[MambaLM]:
+    """Within it, each layer's weights leave memory once the layer has answered, if they are mapped from a file."""
+    hooks = [
+        block.mixer.register_forward_hook(lambda module, *_: release_pages(module.parameters()))
+        for block in model.backbone.blocks
+    ]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _DoubleEmbedding(nn.Module):
@@ -64,6 +83,7 @@ class _DoubleHead(nn.Module):
         for first in range(0, weight.shape[0], _VOCABULARY_ROWS):
             rows = slice(first, first + _VOCABULARY_ROWS)
             logits[..., rows] = hidden @ weight[rows].double().T
+            release_pages([weight[rows]])
         return logits
 
 
@@ -75,7 +95,12 @@ def in_float64(model: MambaLM) -> MambaLM:
     """
 
     def double(module: nn.Module) -> OnCall:
-        return OnCall(lambda: copy.deepcopy(module).double())
+        def make() -> nn.Module:
+            made = copy.deepcopy(module).double()
+            release_pages(module.parameters())
+            return made
+
+        return OnCall(make)
 
     for block in model.backbone.blocks:
         block.norm = double(block.norm)  # type: ignore[assignment]

@@ -11,6 +11,8 @@ import onnx
 from onnx import TensorProto
 from torch import Tensor
 
+from yunmin.memory import release_pages
+
 EXTERNAL_BYTES = 16 << 20  # of weights; more of them go into a file of their own, which readers map
 _ALIGNMENT = 4096  # of a tensor in that file: a page, as mapping wants it
 _SMALL_BYTES = 1024
@@ -41,6 +43,7 @@ def write_model(path: Path, model: onnx.ModelProto, weights: Mapping[str, tuple[
                 for key, value in (("location", data_path.name), ("offset", offset), ("length", tensor.nbytes)):
                     proto.external_data.add(key=key, value=str(value))
                 data.write(raw.data)
+                release_pages([tensor])
                 offset += tensor.nbytes
             protos.append(proto)
     model.graph.initializer.extend(protos)

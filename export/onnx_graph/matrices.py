@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from onnx import TensorProto
 from torch import Tensor
@@ -32,6 +34,7 @@ class Matrices:
         self._weights = weights
         self._is_ort = flavour == "ort"
         self._precision = precision
+        self._packed: dict[str, dict[str, Any]] = {}  # attributes of products with weights that are in the graph
 
     def linear(self, x: str, name: str, *, keeps_nan: bool = False) -> str:
         """Multiplies x (..., inputs) by the transpose of a weight (rows, inputs) -> (..., rows).
@@ -42,10 +45,9 @@ class Matrices:
             keeps_nan: whether NaN must stay NaN where x is rounded to integers, too, which would make numbers of it.
         """
         if self._weights.is_quantized:
-            weight = self._weights.quantized(name)
             if not self._is_ort:
-                return self._dequantized(x, name, weight)
-            product = self._bits(x, name, weight)
+                return self._dequantized(x, name, self._weights.quantized(name))
+            product = self._bits(x, name)
             return self._nan_where_in(x, product) if keeps_nan else product
         matrix = self._weights.plain(name).T
         if self._precision == "fp16":
@@ -74,8 +76,8 @@ class Matrices:
         weight = self._weights.quantized(name)  # embeddings are int8 in either precision
         width = weight.levels.shape[1]
         if self._is_ort:
-            packed, _ = self._packed(name, weight)
-            levels = graph.op("Gather", [packed, ids])  # (B, T, blocks, inputs of a block)
+            self._pack(name, weight)
+            levels = graph.op("Gather", [f"{name}.packed", ids])  # (B, T, blocks, inputs of a block)
             centred = graph.op("Sub", [self._float(levels), graph.constant(128.0, "float32")])
             flat = graph.op("Reshape", [centred, graph.ints(0, 0, -1)])
             if width % block_size("int8", width):
@@ -96,32 +98,27 @@ class Matrices:
     def _float(self, value: str) -> str:
         return self._graph.op("Cast", [value], to=TensorProto.FLOAT)
 
-    def _packed(self, name: str, weight: QuantizedWeight) -> tuple[str, str]:
-        """The integers and scales of `MatMulNBits`: (rows, blocks, bytes) and (rows, blocks)."""
-        graph = self._graph
-        block = block_size(weight.format, weight.levels.shape[1])
-        if weight.format == "int8":
-            levels = F.pad(weight.levels.to(torch.int16) + 128, (0, -weight.levels.shape[1] % block), value=128)
-            packed = levels.to(torch.uint8).unflatten(1, (-1, block))
-            scale = weight.scale.float().expand(-1, packed.shape[1])
-        else:
-            levels = F.pad(weight.levels + 8, (0, -weight.levels.shape[1] % block), value=8)
-            packed = _pairs(levels).unflatten(1, (-1, block // 2))
-            scale = weight.scale.float()
-        return graph.weight(f"{name}.packed", packed), graph.weight(f"{name}.scale", scale)
-
-    def _bits(self, x: str, name: str, weight: QuantizedWeight) -> str:
-        packed, scale = self._packed(name, weight)
+    def _pack(self, name: str, weight: QuantizedWeight) -> None:
+        """Adds the integers and scales of `MatMulNBits`: (rows, blocks, bytes) and (rows, blocks)."""
         rows, inputs = weight.levels.shape
+        block = block_size(weight.format, inputs)
+        padding, scale = (0, -inputs % block), weight.scale.float()
+        if weight.format == "int8":
+            unsigned = weight.levels.view(torch.uint8) ^ 128  # q + 128
+            packed = F.pad(unsigned, padding, value=128).unflatten(1, (-1, block))
+            scale = scale.expand(-1, packed.shape[1])
+        else:
+            packed = _pairs(F.pad(weight.levels + 8, padding, value=8)).unflatten(1, (-1, block // 2))
+        self._graph.weight(f"{name}.packed", packed)
+        self._graph.weight(f"{name}.scale", scale)
+        self._packed[name] = {"K": inputs, "N": rows, "bits": int(weight.format[3:]), "block_size": block}
+
+    def _bits(self, x: str, name: str) -> str:
+        if name not in self._packed:
+            self._pack(name, self._weights.quantized(name))
+        inputs = [x, f"{name}.packed", f"{name}.scale"]
         return self._graph.op(
-            "MatMulNBits",
-            [x, packed, scale],
-            domain=MICROSOFT,
-            K=inputs,
-            N=rows,
-            bits=8 if weight.format == "int8" else 4,
-            block_size=block_size(weight.format, inputs),
-            accuracy_level=INT8_ACTIVATIONS,
+            "MatMulNBits", inputs, domain=MICROSOFT, accuracy_level=INT8_ACTIVATIONS, **self._packed[name]
         )
 
     def _nan_where_in(self, x: str, product: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from export.verify import Probe
 from yunmin.artifact import Parity
 from yunmin.checkpoint import load_checkpoint
 from yunmin.errors import MissingExtraError
+from yunmin.memory import trim_heap
 from yunmin.quantization.layout import Format
 from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER
 
@@ -49,9 +49,10 @@ def add_graph(
     wanted = GraphOptions(options.onnx_flavour or "ort", options.graph_precision(stored))
     path = folder / GRAPH_FOLDER / GRAPH_FILE
     path.parent.mkdir()
+    trim_heap()
     report(f"writing the ONNX graph ({wanted.flavour}, {wanted.precision})")
     write_graph(path, load_checkpoint(folder, quantized=True), wanted)
-    gc.collect()  # the graph's weights lie in cycles
+    trim_heap()
     report(f"verifying the ONNX graph on {probe.tokens} tokens")
     proof = verify_graph(path, folder, wanted, probe)
     return describe_graph(path, wanted, proof.change), proof.parity

@@ -32,6 +32,7 @@ from yunmin.artifact import Parity
 from yunmin.checkpoint import Checkpoint, load_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.errors import VerificationError
+from yunmin.memory import trim_heap
 from yunmin.runtime.onnx_contract import INPUT_IDS, KEPT_LOGITS, LOGITS, Precision, past_name, present_name
 from yunmin.threads import get_threads
 
@@ -92,16 +93,19 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
     if precision not in ("fp32", stored):
         change = _relative_change(expected, _reference_logits(checkpoint, "fp32", both))
     del checkpoint  # which would stay in memory beside onnxruntime's
+    trim_heap()
     session = _opened(path, graph)
     parity = {
         "onnx": require_parity("onnx", _read(session, config, probe.sequences), expected[:read]),
         "onnx_steps": require_parity("onnx_steps", _step(session, config, rows), expected[stepped]),
     }
     del session
+    trim_heap()
     if rounds:
         checkpoint = load_checkpoint(artifact, quantized=True)
         rounded = _reference_logits(checkpoint, precision, both, rounds_activations=True)
         del checkpoint
+        trim_heap()
         tolerance = max(TOLERANCES[_SERVED], _relative_change(rounded, expected))
         del expected
         session = _opened(path, None)

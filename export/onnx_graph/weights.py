@@ -10,6 +10,7 @@ from torch import Tensor
 from yunmin.axes import expected_shapes
 from yunmin.checkpoint import Checkpoint
 from yunmin.errors import ConfigError
+from yunmin.memory import release_pages
 from yunmin.quantization.layout import Quantization
 from yunmin.quantization.packing import QuantizedWeight, unpack_tensor
 from yunmin.quantization.reference import dequantized
@@ -58,10 +59,12 @@ class GraphWeights:
             return unpack_tensor(checkpoint.config, checkpoint.tensors, name, checkpoint.quantization)
         weight_format = self.quantization.of(name)
         assert weight_format is not None, name
-        require_quantizable(name, checkpoint.tensors[name])
+        parts = []
         # some rows at a time, each by itself: an embedding is large, and rounding makes copies
-        rows = checkpoint.tensors[name].detach().split(_ROUNDED_ROWS)
-        parts = [round_weight(part.float(), weight_format) for part in rows]
+        for rows in checkpoint.tensors[name].detach().split(_ROUNDED_ROWS):
+            require_quantizable(name, rows)
+            parts.append(round_weight(rows.float(), weight_format))
+            release_pages([rows])
         levels, scales = torch.cat([part.levels for part in parts]), torch.cat([part.scale for part in parts])
         return QuantizedWeight(weight_format, levels, scales)
 

@@ -21,6 +21,7 @@ from yunmin.quantization.layout import (
 )
 
 _LIMITS = {"int8": (-127, 127), "int4": (-8, 7)}
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class QuantizedWeight:
         scale = self.scale.float()
         if self.format == "int4":
             scale = scale.repeat_interleave(GROUP_SIZE, dim=1)[:, : self.levels.shape[1]]
-        return self.levels.float() * scale
+        weight = torch.empty(self.levels.shape, dtype=torch.float32, device=self.levels.device)
+        # some rows at a time: integers and floats are multiplied by way of a copy
+        for part, levels, scales in zip(*(t.split(_ROWS_AT_ONCE) for t in (weight, self.levels, scale)), strict=True):
+            torch.mul(levels, scales, out=part)
+        return weight
 
 
 def pack(weight: QuantizedWeight, layout: WeightLayout) -> tuple[Tensor, Tensor]:
