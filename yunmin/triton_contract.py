@@ -20,7 +20,7 @@ REASON_OUTPUT = "finish_reason"  # BYTES [1]: "stop" or "length" in the last res
 # fields of `SamplingParams` that a request may set, in `sampling_parameters` or as request parameters
 SAMPLING_FIELDS = ("max_tokens", *CHOICE_FIELDS)
 
-# settings of `serving.triton.python_model.ModelSettings` that `parameters` in config.pbtxt may give
+# settings of `serving.settings.Settings` that `parameters` in config.pbtxt may give
 SETTINGS = (
     "runtime",
     "threads",
@@ -33,7 +33,6 @@ SETTINGS = (
     "max_prompt_tokens",
     "max_tokens",
     "deadline_s",
-    "grace_s",
 )
 
 ARTIFACT_FOLDER = "artifact"  # beside model.py

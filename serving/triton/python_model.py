@@ -1,8 +1,8 @@
 """The model that Triton's python backend runs: requests of many callers advance together in one engine.
 
 Triton calls `execute` from one thread and expects it back; responses go out later, from the event loop's thread, which
-also looks whether a caller has gone, and whether the server still wants the model: it calls `finalize` only after every
-response, of which a stream may have many to come.
+also looks whether a caller has gone. `finalize` comes after the last response: what runs when the model is unloaded is
+finished first, or when the server exits, as long as its exit timeout allows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import threading
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from serving.engine.job import DeadlineError, EngineStoppedError, Job, QueueFullError
 from serving.engine.streams import TokenStream
@@ -33,15 +32,7 @@ from yunmin.triton_contract import ARTIFACT_FOLDER, IDS_OUTPUT, REASON_OUTPUT, S
 
 logger = logging.getLogger("yunmin.triton")
 
-_LOOK_S = 0.05  # between two looks whether a caller or the server has gone
-
-
-class ModelSettings(Settings):
-    """Settings that `parameters` of config.pbtxt give."""
-
-    grace_s: float = Field(
-        10.0, ge=0, le=86_400, allow_inf_nan=False, description="time for running requests once the model is unloaded"
-    )
+_LOOK_S = 0.05  # between two looks whether a caller has gone
 
 
 class TritonPythonModel:
@@ -59,7 +50,6 @@ class TritonPythonModel:
         import triton_python_backend_utils as backend
 
         self._backend = backend
-        self._place = args["model_name"], args["model_version"]
         self._settings = read_settings(json.loads(args["model_config"]))
         if self._settings.threads:
             set_threads(self._settings.threads)
@@ -100,31 +90,16 @@ class TritonPythonModel:
         await self._loop.shutdown_default_executor()
 
     async def _watch(self) -> None:
-        """Cancels sequences whose callers have gone, and ends all that run too long after the model was given up."""
-        end = math.inf
-        while self._loop.time() < end:
+        """Cancels sequences whose callers have gone."""
+        while True:
             await asyncio.sleep(_LOOK_S)
             self._drop_departed()
-            if self._running and end == math.inf:
-                end = self._loop.time() + self._time_left_s()
-        await asyncio.to_thread(self._engine.stop)
 
     def _drop_departed(self) -> None:
         """A function of its own: a frame that sleeps with a response sender in it would keep the model loaded."""
         for stream, sender in self._running.items():
             if sender.is_cancelled():
                 stream.cancel()
-
-    def _time_left_s(self) -> float:
-        """For what runs: no end while the server wants the model, the grace once it is unloaded, none when it exits.
-
-        To be asked while a response is due: later nobody answers. Not to be asked again after an end: in an exiting
-        server the answer is an error, and several of them, or many responses after one, break the shared memory.
-        """
-        try:
-            return math.inf if self._backend.is_model_ready(*self._place) else self._settings.grace_s
-        except self._backend.TritonModelException:
-            return 0.0
 
     async def _answer(self, request: Any, sender: Any) -> None:
         try:
@@ -198,7 +173,7 @@ class TritonPythonModel:
             logger.exception("an error could not be sent: %s", message)
 
 
-def read_settings(config: dict[str, Any]) -> ModelSettings:
+def read_settings(config: dict[str, Any]) -> Settings:
     """Settings from config.pbtxt, as the python backend gives it.
 
     Raises:
@@ -211,7 +186,7 @@ def read_settings(config: dict[str, Any]) -> ModelSettings:
         if name not in SETTINGS:
             raise ConfigError(f"config.pbtxt: parameter {name!r}: expected one of {', '.join(SETTINGS)}")
     try:
-        return ModelSettings.model_validate(given)
+        return Settings.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         where = f"config.pbtxt: parameter {first['loc'][0]!r}"

@@ -11,9 +11,10 @@ import pytest
 
 from export.triton import write_repository
 from serving.client_cli import main
+from serving.settings import Settings
 from serving.triton.asked import read_request
 from serving.triton.client import TritonError, ask
-from serving.triton.python_model import ModelSettings, read_settings
+from serving.triton.python_model import read_settings
 from tests.serving.triton_server import TritonServer, free_ports, triton_server
 from tests.triton_models import write_tiny_artifact
 from yunmin.errors import ConfigError, RequestError
@@ -204,4 +205,4 @@ def test_requests_that_warm_the_model_up_are_refused() -> None:
 
 
 def test_every_parameter_of_a_repository_is_a_setting_of_the_server() -> None:
-    assert set(SETTINGS) <= set(ModelSettings.model_fields)
+    assert set(SETTINGS) <= set(Settings.model_fields)

@@ -15,9 +15,7 @@ from serving.triton.client import Answer, TritonError, ask
 from tests.serving.triton_server import TritonServer, triton_server
 from tests.triton_models import write_tiny_artifact
 
-ENDLESS = {"temperature": 0, "max_tokens": 1_000_000, "ignore_eos": True}
-LONG = {"temperature": 0, "max_tokens": 400, "ignore_eos": True}
-SETTINGS = {"max_tokens": "1000000", "grace_s": "2"}
+LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +24,6 @@ pytestmark = pytest.mark.slow
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton")
     write_repository(folder / "repository", write_tiny_artifact(folder / "artifact"))
-    config = folder / "repository" / "mamba" / "config.pbtxt"
-    more = (f'parameters {{ key: "{k}", value: {{ string_value: "{v}" }} }}\n' for k, v in SETTINGS.items())
-    config.write_text(config.read_text() + "".join(more))
     return folder / "repository"
 
 
@@ -61,39 +56,24 @@ def wait_until_unloaded(server: TritonServer) -> None:
     raise AssertionError(f"still {entry}")
 
 
-def test_unloading_lets_short_requests_finish_and_ends_long_ones(server: TritonServer) -> None:
-    short = [begun(url, LONG) for url in (server.grpc, server.http)]
-    endless = [begun(url, ENDLESS) for url in (server.grpc, server.http)]
+def test_unloading_lets_running_requests_finish(server: TritonServer) -> None:
+    running = [begun(url, LONG) for url in (server.grpc, server.http)]
     post(server, "models/mamba/unload")
-    for answers in short:
+    for answers in running:
         assert [answer.finish_reason for answer in answers][-1] == "length"
-    for answers in endless:
-        with pytest.raises(TritonError, match="the engine is shutting down"):
-            list(answers)
     wait_until_unloaded(server)
     post(server, "models/mamba/load")
     assert list(ask(server.grpc, "mamba", "x", LONG))
 
 
 def test_loading_it_anew_interrupts_no_stream(server: TritonServer, repository: Path) -> None:
-    answers = begun(server.grpc, ENDLESS)
+    answers = begun(server.grpc, LONG)
     (repository / "mamba" / "1" / "model.py").touch()
     post(server, "models/mamba/load")
-    end = time.monotonic() + 1.5 * float(SETTINGS["grace_s"])
-    while time.monotonic() < end:
-        assert next(answers).finish_reason is None
-    answers.close()  # type: ignore[attr-defined]
+    assert [answer.finish_reason for answer in answers][-1] == "length"
 
 
-def test_sigterm_ends_streams_and_the_server_cleanly(server: TritonServer) -> None:
-    answers = begun(server.grpc, ENDLESS)
-    server.process.terminate()
-    with pytest.raises(TritonError, match="the engine is shutting down"):
-        list(answers)
-    assert server.process.wait(60) == 0
-
-
-def test_sigterm_waits_for_streams_over_http(server: TritonServer) -> None:
+def test_sigterm_waits_for_running_requests(server: TritonServer) -> None:
     answers = begun(server.http, LONG)
     server.process.terminate()
     assert [answer.finish_reason for answer in answers][-1] == "length"
@@ -101,12 +81,10 @@ def test_sigterm_waits_for_streams_over_http(server: TritonServer) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_neither_abandoned_nor_refused_requests_keep_the_server(server: TritonServer, protocol: str) -> None:
+def test_abandoned_and_refused_requests_leave_the_server_in_order(server: TritonServer, protocol: str) -> None:
     url = getattr(server, protocol)
     for _ in range(12):
-        begun(url, ENDLESS).close()  # type: ignore[attr-defined]
-    with pytest.raises(TritonError) as refused:
+        begun(url, LONG).close()  # type: ignore[attr-defined]
+    with pytest.raises(TritonError, match="top_q"):
         list(ask(url, "mamba", "x", {"top_q": 1}))
     assert list(ask(url, "mamba", "x", LONG))
-    assert server.end() == 0
-    assert refused.value

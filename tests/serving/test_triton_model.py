@@ -61,9 +61,6 @@ class Backend(types.ModuleType):
     TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     Tensor = NamedTensor
 
-    class TritonModelException(Exception):  # noqa: N818 (Triton's name)
-        pass
-
     class TritonError:
         INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = range(4)
 
@@ -72,15 +69,6 @@ class Backend(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("triton_python_backend_utils")
-        self.is_ready = True
-        self.asked_in_vain = 0
-
-    def is_model_ready(self, name: str, version: str) -> bool:
-        assert (name, version) == ("mamba", "1")
-        if not self.is_ready:
-            self.asked_in_vain += 1
-            raise self.TritonModelException("Server exiting")
-        return True
 
     @staticmethod
     def InferenceResponse(output_tensors: list[NamedTensor], error: object = None) -> types.SimpleNamespace:  # noqa: N802
@@ -102,7 +90,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 def model(backend: Backend, tmp_path: Path) -> Iterator[TritonPythonModel]:
     write_tiny_artifact(tmp_path / "1" / "artifact")
     loaded = TritonPythonModel()
-    given = {"runtime": "torch", "max_tokens": "1000000", "grace_s": "0.2", "cache_bytes": "0"}
+    given = {"runtime": "torch", "max_tokens": "1000000", "cache_bytes": "0"}
     config = {"parameters": {name: {"string_value": value} for name, value in given.items()}}
     loaded.initialize(
         {
@@ -143,17 +131,6 @@ def test_no_reference_keeps_a_sender_after_its_last_response(model: TritonPython
             assert kept() is None, (prompt, sampling)
     finally:
         gc.enable()
-
-
-def test_a_server_that_exits_is_asked_once_and_streams_end(model: TritonPythonModel, backend: Backend) -> None:
-    sender = Sender()
-    begin(model, sender, max_tokens=1_000_000, ignore_eos=True)
-    assert sender.begun.wait(60)
-    backend.is_ready = False
-    assert sender.ended.wait(60)
-    error = sender.responses[-1].error
-    assert (error.message, error.code) == ("the engine is shutting down", Backend.TritonError.UNAVAILABLE)
-    assert backend.asked_in_vain == 1
 
 
 def test_a_finalized_model_leaves_no_thread(model: TritonPythonModel) -> None:
