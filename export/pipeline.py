@@ -53,7 +53,8 @@ def export(
             weights are quantized already.
         ArtifactError: the source is an artifact that does not match its manifest, or `out` cannot be written.
         VerificationError: the result does not compute what the trained model computes, or a runtime not what the
-            stored weights stand for, or nothing smaller keeps the perplexity; nothing is left at `out`.
+            stored weights stand for, or nothing smaller keeps the perplexity; nothing is left at `out`, but where it is
+            the repository for Triton that fails, which is written from a finished artifact.
         ConfigError: options that do not go together, or a precision that does not hold the weights.
         DataError, TokenizerError: a text cannot be read or has nothing to measure.
         StateError: an initial state of a repository for Triton is missing, damaged or another model's.
@@ -96,7 +97,7 @@ def export(
     if options.triton is not None:
         from export.triton.repository import write_repository
 
-        report("writing the model repository for Triton")
+        report("writing and verifying the model repository for Triton")
         write_repository(Path(options.triton), out, initial_states=states, force=force)
     return manifest
 

@@ -15,7 +15,6 @@ from export.onnx_graph.layer import LayerWriter
 from export.onnx_graph.matrices import Matrices
 from export.onnx_graph.weights import GraphWeights
 from yunmin.checkpoint import Checkpoint
-from yunmin.config import MambaConfig
 from yunmin.runtime.onnx_contract import (
     INPUT_IDS,
     KEPT_LOGITS,
@@ -24,15 +23,13 @@ from yunmin.runtime.onnx_contract import (
     GraphFacts,
     Precision,
     States,
-    past_name,
-    present_name,
-    stacked_names,
+    StateTensor,
+    state_tensors,
 )
 
 OPSET = 21
 _IR_VERSION = 10
 _EMBEDDING = "backbone.embeddings.weight"
-_KINDS = ("conv", "recurrent")
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,18 @@ def write_graph(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> No
     is_step = graph.op("Squeeze", [graph.op("Equal", [length, graph.ints(1)])])
     layers = LayerWriter(graph, config, weights, matrices, options.flavour, is_step)
 
-    inputs, past, outputs, present = _states(graph, config, options.states)
+    tensors = state_tensors(config, options.states)
+    by_layer = state_tensors(config, "layers")
+    if options.states == "stacked":
+        _unstack(graph, tensors, by_layer)
     x = matrices.rows(INPUT_IDS, _EMBEDDING)  # (B, T, d)
     for layer in range(config.n_layers):
         graph.scope(f"layers.{layer}")
-        x = layers.block(x, layer, past[layer], present[layer])
+        conv, recurrent = by_layer[2 * layer : 2 * layer + 2]
+        x = layers.block(x, layer, conv, recurrent)
     graph.scope("")
     if options.states == "stacked":
-        _stack(graph, present)
+        _stack(graph, tensors, by_layer)
     kept = graph.op("Reshape", [graph.op("Neg", [KEPT_LOGITS]), graph.ints(1)])
     x = graph.op("Slice", [x, kept, graph.ints(2**62), graph.ints(1)])  # (B, kept, d)
     x = layers.norm(x, "backbone.norm_f.weight")
@@ -89,7 +90,11 @@ def write_graph(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> No
     logits_info = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", "kept", config.vocab_size])
     default = helper.make_tensor(KEPT_LOGITS, TensorProto.INT64, [], [1])  # an input with a default value
     proto = helper.make_graph(
-        graph.nodes, "mamba", [ids, keep, *inputs], [logits_info, *outputs], [*graph.constants, default]
+        graph.nodes,
+        "mamba",
+        [ids, keep, *(_value(tensor.past, tensor) for tensor in tensors)],
+        [logits_info, *(_value(tensor.present, tensor) for tensor in tensors)],
+        [*graph.constants, default],
     )
     opsets = [helper.make_opsetid("", OPSET)]
     if options.flavour == "ort":
@@ -100,38 +105,20 @@ def write_graph(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> No
     write_model(path, model, graph.weights)
 
 
-def _states(
-    graph: GraphBuilder, config: MambaConfig, states: States
-) -> tuple[list[ValueInfoProto], list[tuple[str, str]], list[ValueInfoProto], list[tuple[str, str]]]:
-    """Graph inputs, the names of each layer's states before, graph outputs, and the names for those afterwards."""
-    shapes = {
-        "conv": [(config.d_conv - 1, inner) for inner in config.d_inner],
-        "recurrent": [(n, inner) for n, inner in zip(config.d_state, config.d_inner, strict=True)],
-    }
-
-    def info(name: str, *shape: int) -> ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
-
-    layers = range(config.n_layers)
-    past = [(past_name(i, "conv"), past_name(i, "recurrent")) for i in layers]
-    present = [(present_name(i, "conv"), present_name(i, "recurrent")) for i in layers]
-    if states == "layers":
-        inputs = [info(past[i][k], *shapes[kind][i]) for i in layers for k, kind in enumerate(_KINDS)]
-        outputs = [info(present[i][k], *shapes[kind][i]) for i in layers for k, kind in enumerate(_KINDS)]
-        return inputs, past, outputs, present
-    inputs, outputs = [], []
-    for k, kind in enumerate(_KINDS):
-        past_stack, present_stack = stacked_names(kind)
-        sizes = [prod(shape) for shape in shapes[kind]]
-        inputs.append(info(past_stack, sum(sizes)))
-        outputs.append(info(present_stack, sum(sizes)))
-        parts = graph.ops("Split", [past_stack, graph.ints(*sizes)], len(sizes), axis=1)
-        for i, shape in enumerate(shapes[kind]):
-            graph.op("Reshape", [parts[i], graph.ints(-1, *shape)], output=past[i][k])
-    return inputs, past, outputs, present
+def _value(name: str, tensor: StateTensor) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *tensor.shape])
 
 
-def _stack(graph: GraphBuilder, present: list[tuple[str, str]]) -> None:
-    for k, kind in enumerate(_KINDS):
-        flat = [graph.op("Reshape", [names[k], graph.ints(0, -1)]) for names in present]
-        graph.op("Concat", flat, axis=1, output=stacked_names(kind)[1])
+def _unstack(graph: GraphBuilder, stacks: list[StateTensor], by_layer: list[StateTensor]) -> None:
+    for kind, stack in enumerate(stacks):
+        layers = by_layer[kind :: len(stacks)]
+        sizes = graph.ints(*(prod(tensor.shape) for tensor in layers))
+        parts = graph.ops("Split", [stack.past, sizes], len(layers), axis=1)
+        for part, tensor in zip(parts, layers, strict=True):
+            graph.op("Reshape", [part, graph.ints(-1, *tensor.shape)], output=tensor.past)
+
+
+def _stack(graph: GraphBuilder, stacks: list[StateTensor], by_layer: list[StateTensor]) -> None:
+    for kind, stack in enumerate(stacks):
+        flat = [graph.op("Reshape", [tensor.present, graph.ints(0, -1)]) for tensor in by_layer[kind :: len(stacks)]]
+        graph.op("Concat", flat, axis=1, output=stack.present)

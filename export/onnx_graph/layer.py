@@ -16,7 +16,7 @@ from export.onnx_graph.matrices import Matrices
 from export.onnx_graph.weights import GraphWeights
 from yunmin.axes import layer_prefix
 from yunmin.config import MambaConfig
-from yunmin.runtime.onnx_contract import Flavour
+from yunmin.runtime.onnx_contract import Flavour, StateTensor
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,28 @@ class LayerWriter:
         # in just this form, onnxruntime makes one operator of it when it loads the graph
         return graph.op("Mul", [graph.op("Div", [x, root]), self._vector(name)])
 
-    def block(self, residual: str, layer: int, past: tuple[str, str], present: tuple[str, str]) -> str:
+    def block(self, residual: str, layer: int, conv: StateTensor, recurrent: StateTensor) -> str:
         """Adds layer `layer` between a residual stream and the next (B, T, d).
 
         Args:
             residual: before the block.
             layer: its number.
-            past: its states before: of the convolution (B, K-1, D), of the scan (B, N, D).
-            present: names for them afterwards.
+            conv: state of its convolution (B, K-1, D).
+            recurrent: state of its scan (B, N, D).
         """
         graph, prefix = self.graph, f"{layer_prefix(layer)}mixer."
         inner, n = self.config.d_inner[layer], self.config.d_state[layer]
         hidden = self.norm(residual, f"{layer_prefix(layer)}norm.weight")
         xz = self._with_bias(self.matrices.linear(hidden, f"{prefix}in_proj.weight"), f"{prefix}in_proj.bias")
         x, z = graph.ops("Split", [xz, graph.ints(inner, inner)], 2, axis=-1)  # (B, T, D) each
-        u = self._convolution(x, prefix, past[0], present[0])
+        u = self._convolution(x, prefix, conv)
         maps = self.matrices.linear(u, f"{prefix}x_proj.weight")
         dt, B_ssm, C_ssm = graph.ops("Split", [maps, graph.ints(self.config.dt_rank, n, n)], 3, axis=-1)
         raw = graph.op(
             "Add", [self.matrices.linear(dt, f"{prefix}dt_proj.weight"), self._vector(f"{prefix}dt_proj.bias")]
         )
         delta = self._softplus(raw)
-        y = self._scan(delta, u, B_ssm, C_ssm, prefix, layer, past[1], present[1])
+        y = self._scan(delta, u, B_ssm, C_ssm, prefix, layer, recurrent)
         y = graph.op("Add", [y, graph.op("Mul", [u, self._vector(f"{prefix}D")])])
         gated = graph.op("Mul", [y, self._silu(z)])
         out = self.matrices.linear(gated, f"{prefix}out_proj.weight", keeps_nan=True)  # a broken state must stay seen
@@ -99,7 +99,7 @@ class LayerWriter:
         log = graph.op("Sub", [graph.op("Log", [w]), graph.op("Div", [added, w])])
         return graph.op("Max", [x, log])
 
-    def _convolution(self, x: str, prefix: str, past: str, present: str) -> str:
+    def _convolution(self, x: str, prefix: str, state: StateTensor) -> str:
         """SiLU of the causal convolution: (B, T, D) -> (B, T, D).
 
         As K products of shifted inputs: in ONNX Runtime faster than its Conv, and than its CausalConvWithState, which
@@ -107,9 +107,9 @@ class LayerWriter:
         """
         graph, taps = self.graph, self.config.d_conv
         weight = self.weights.plain(f"{prefix}conv1d.weight")[:, 0]  # (D, K)
-        padded = graph.op("Concat", [past, x], axis=1)  # (B, K-1+T, D)
+        padded = graph.op("Concat", [state.past, x], axis=1)  # (B, K-1+T, D)
         axis = graph.ints(1)
-        graph.op("Slice", [padded, graph.ints(1 - taps), graph.ints(2**62), axis], output=present)
+        graph.op("Slice", [padded, graph.ints(1 - taps), graph.ints(2**62), axis], output=state.present)
         total = ""
         for tap in range(taps):
             end = tap + 1 - taps  # from the end
@@ -120,9 +120,7 @@ class LayerWriter:
             total = graph.op("Add", [total, self._vector(f"{prefix}conv1d.bias")])
         return self._silu(total)
 
-    def _scan(
-        self, delta: str, u: str, B_ssm: str, C_ssm: str, prefix: str, layer: int, past: str, present: str
-    ) -> str:
+    def _scan(self, delta: str, u: str, B_ssm: str, C_ssm: str, prefix: str, layer: int, state: StateTensor) -> str:
         """The recurrence (B, T, D), without the skip: `Scan`, or for a single token what it would do, which is faster.
 
         The step's large values are made for the first token in any case, outside of the branch for single ones:
@@ -136,7 +134,7 @@ class LayerWriter:
         zero, one = graph.ints(0), graph.ints(1)
         first_delta, first_delta_u, first_B = (graph.op("Slice", [x, zero, one, one]) for x in (delta, delta_u, B_ssm))
         decay = graph.op("Exp", [graph.op("Mul", [first_delta, decay_rates])])  # (B, N, D)
-        decayed = graph.op("Mul", [decay, past])
+        decayed = graph.op("Mul", [decay, state.past])
         column = graph.op("Reshape", [first_B, graph.ints(-1, n, 1)])
         added = graph.op("Mul", [column, first_delta_u])
         step = [
@@ -145,7 +143,7 @@ class LayerWriter:
         ]
         scan = helper.make_node(
             "Scan",
-            [past, delta, delta_u, B_ssm, C_ssm],
+            [state.past, delta, delta_u, B_ssm, C_ssm],
             ["h_last", "y_rows"],
             body=self._step_body(decay_rates, layer),
             num_scan_inputs=4,
@@ -161,7 +159,7 @@ class LayerWriter:
             "If",
             [self.is_step],
             2,
-            outputs=[present, f"{prefix}y"],
+            outputs=[state.present, f"{prefix}y"],
             then_branch=branch(step, "h_next", "y_row"),
             else_branch=branch([scan], "h_last", "y_rows"),
         )

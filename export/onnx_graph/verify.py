@@ -16,35 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, RuntimeException
-from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
 from torch import Tensor
 
 from export.onnx_graph.emit import GraphOptions
+from export.onnx_graph.probe_session import EXACT_ACTIVATIONS, ProbeSession, first_line
 from export.onnx_graph.reference import reference_network
 from export.verify import TOLERANCES, Probe, logits_as_batch, require_parity
 from yunmin.artifact import Parity
 from yunmin.checkpoint import Checkpoint, load_checkpoint
-from yunmin.config import MambaConfig
 from yunmin.errors import VerificationError
 from yunmin.memory import trim_heap
-from yunmin.runtime.onnx_contract import INPUT_IDS, KEPT_LOGITS, LOGITS, Precision, past_name, present_name
-from yunmin.threads import get_threads
+from yunmin.runtime.onnx_contract import Precision
 
 STEPS = 32
 _HISTORIES = (64, 29, 1)  # tokens before the steps, unequal
-_KINDS = ("conv", "recurrent")
-_EXACT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level of float32
 _SERVED = "onnx_int8_activations"
 _LARGEST_TOLERANCE = 0.5
 _ROWS = 64  # of logits that are compared at once
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
     """Compares a graph with the torch network of its weights: whole sequences, and 32 steps of a batch of three.
 
     Args:
-        path: of the graph, with states by layer.
+        path: of the graph.
         artifact: the folder with the weights that it was written from; read again, so that they need not stay in memory
             beside onnxruntime's.
         options: of the graph.
@@ -79,7 +70,7 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(
-            f"onnx: the checker refuses the graph: {_first_line(error)}; nothing was written"
+            f"onnx: the checker refuses the graph: {first_line(error)}; nothing was written"
         ) from None
     rows = _rows_to_step(probe)
     both = Probe((*probe.sequences, *rows), probe.origin)
@@ -94,10 +85,10 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
         change = _relative_change(expected, _reference_logits(checkpoint, "fp32", both))
     del checkpoint  # which would stay in memory beside onnxruntime's
     trim_heap()
-    session = _opened(path, graph)
+    session = ProbeSession(path, config, options.states, graph)
     parity = {
-        "onnx": require_parity("onnx", _read(session, config, probe.sequences), expected[:read]),
-        "onnx_steps": require_parity("onnx_steps", _step(session, config, rows), expected[stepped]),
+        "onnx": require_parity("onnx", session.read(probe.sequences), expected[:read]),
+        "onnx_steps": require_parity("onnx_steps", session.step(rows, STEPS), expected[stepped]),
     }
     del session
     trim_heap()
@@ -108,8 +99,8 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
         trim_heap()
         tolerance = max(TOLERANCES[_SERVED], _relative_change(rounded, expected))
         del expected
-        session = _opened(path, None)
-        served = torch.cat([_read(session, config, probe.sequences), _step(session, config, rows)])
+        session = ProbeSession(path, config, options.states)
+        served = torch.cat([session.read(probe.sequences), session.step(rows, STEPS)])
         rounded = rounded[torch.cat([torch.arange(read), stepped])]
         parity[_SERVED] = require_parity(_SERVED, served, rounded, tolerance=min(tolerance, _LARGEST_TOLERANCE))
     return GraphProof(parity, change)
@@ -184,68 +175,5 @@ def _with_exact_activations(graph: onnx.ModelProto) -> bool:
         if attribute.name == "accuracy_level"
     ]
     for attribute in levels:
-        attribute.i = _EXACT_ACTIVATIONS
+        attribute.i = EXACT_ACTIVATIONS
     return bool(levels)
-
-
-def _opened(path: Path, graph: onnx.ModelProto | None) -> onnxruntime.InferenceSession:
-    """A session on the CPU; of `graph`, where given, whose weights lie beside `path`."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = get_threads()
-    options.enable_cpu_mem_arena = False  # memory goes back at once
-    # of DequantizeLinear and MatMul it makes MatMulNBits, which rounds activations unless told not to
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(_EXACT_ACTIVATIONS))
-    if graph is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    try:
-        return onnxruntime.InferenceSession(
-            str(path) if graph is None else graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except (Fail, InvalidArgument, InvalidGraph, NotImplementedByRuntime) as error:
-        reason = f"onnx: onnxruntime refuses the graph: {_first_line(error)}; nothing was written"
-        raise VerificationError(reason) from None
-
-
-def _zero_states(config: MambaConfig, batch: int) -> Arrays:
-    taps = config.d_conv - 1
-    states: Arrays = {}
-    for layer, (inner, n) in enumerate(zip(config.d_inner, config.d_state, strict=True)):
-        states[past_name(layer, "conv")] = np.zeros((batch, taps, inner), np.float32)
-        states[past_name(layer, "recurrent")] = np.zeros((batch, n, inner), np.float32)
-    return states
-
-
-def _run(
-    session: onnxruntime.InferenceSession, config: MambaConfig, ids: npt.ArrayLike, states: Arrays, kept: int
-) -> tuple[Tensor, Arrays]:
-    """Ids (B, T) and states -> logits of the last `kept` positions, or all for 0, (B, kept, V), and the next states."""
-    feeds = {INPUT_IDS: np.asarray(ids, np.int64), KEPT_LOGITS: np.asarray(kept, np.int64), **states}
-    names = [(past_name(i, kind), present_name(i, kind)) for i in range(config.n_layers) for kind in _KINDS]
-    try:
-        logits, *present = session.run([LOGITS, *(name for _, name in names)], feeds)
-    except (Fail, InvalidArgument, RuntimeException) as error:
-        raise VerificationError(
-            f"onnx: onnxruntime cannot run the graph: {_first_line(error)}; nothing was written"
-        ) from None
-    return torch.from_numpy(logits), {past: value for (past, _), value in zip(names, present, strict=True)}
-
-
-def _read(session: onnxruntime.InferenceSession, config: MambaConfig, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of each sequence read alone (tokens, V)."""
-    return torch.cat([_run(session, config, [row], _zero_states(config, 1), 0)[0][0] for row in sequences])
-
-
-def _step(session: onnxruntime.InferenceSession, config: MambaConfig, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The last positions' logits by a prefill of each row alone and single steps of all (rows * (STEPS + 1), V)."""
-    begun = [_run(session, config, [row[:-STEPS]], _zero_states(config, 1), 1) for row in rows]
-    states = {name: np.concatenate([state[name] for _, state in begun]) for name in begun[0][1]}
-    logits = [torch.cat([first[:, 0] for first, _ in begun])]  # (rows, V)
-    for position in range(-STEPS, 0):
-        found, states = _run(session, config, [[row[position]] for row in rows], states, 1)
-        logits.append(found[:, 0])
-    return torch.stack(logits, dim=1).flatten(0, 1)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from yunmin.config import MambaConfig
-from yunmin.runtime.onnx_contract import GRAPH_FILE, INPUT_IDS, LOGITS, stacked_names
+from yunmin.runtime.onnx_contract import GRAPH_FILE, INPUT_IDS, LOGITS, state_tensors
 from yunmin.triton_contract import (
     IDS_INPUT,
     IDS_OUTPUT,
@@ -22,32 +21,6 @@ from yunmin.triton_contract import (
 )
 
 _IDLE_MICROSECONDS = 60_000_000  # a sequence that asks nothing for so long loses its state
-
-
-@dataclass(frozen=True)
-class StackedState:
-    """One of the two tensors that hold the states of all layers of a sequence.
-
-    Attributes:
-        past, present: names of the graph's input and output.
-        width: numbers in it.
-    """
-
-    past: str
-    present: str
-    width: int
-
-
-def stacked_states(config: MambaConfig) -> tuple[StackedState, StackedState]:
-    """The state tensors of a graph with stacked states: of the convolutions, and of the scans."""
-    widths = (
-        sum(inner * (config.d_conv - 1) for inner in config.d_inner),
-        sum(inner * n for inner, n in zip(config.d_inner, config.d_state, strict=True)),
-    )
-    conv, recurrent = (
-        StackedState(*stacked_names(kind), width) for kind, width in zip(("conv", "recurrent"), widths, strict=True)
-    )
-    return conv, recurrent
 
 
 def onnx_config(
@@ -66,16 +39,16 @@ def onnx_config(
       input_name: {_text(state.past)}
       output_name: {_text(state.present)}
       data_type: TYPE_FP32
-      dims: [ {state.width} ]
+      dims: [ {state.shape[0]} ]
       initial_state: {{
         name: {_text(state.past)}
         data_type: TYPE_FP32
-        dims: [ {state.width} ]
+        dims: [ {state.shape[0]} ]
         {"zero_data: true" if initial_files is None else f"data_file: {_text(initial_files[state.past])}"}
       }}
     }},
 """
-        for state in stacked_states(config)
+        for state in state_tensors(config, "stacked")
     )
     return f"""# ids of one sequence in (the prompt, then one at a time), logits after the last of them out
 name: {_text(name)}

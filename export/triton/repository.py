@@ -11,14 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.triton.config_pbtxt import onnx_config, stacked_states, text_config
+from export.onnx_graph.stage import require_onnx
+from export.triton.config_pbtxt import onnx_config, text_config
+from export.verify import make_probe
 from yunmin.artifact import load_artifact
 from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
-from yunmin.errors import ArtifactError, ConfigError, MissingExtraError, StateError
+from yunmin.errors import ArtifactError, ConfigError, StateError
 from yunmin.files import atomic_folder
 from yunmin.language_model import load
-from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, Flavour, GraphFacts, Precision
+from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, GraphFacts, Precision, state_tensors
 from yunmin.runtime.onnx_state import graph_tensors
 from yunmin.state import MambaState
 from yunmin.triton_contract import ARTIFACT_FOLDER, INITIAL_STATES
@@ -94,8 +96,8 @@ def write_repository(
 ) -> None:
     """Writes a repository of two models, and of one more for each saved state; whole or not at all.
 
-    `NAME` streams text and holds a copy of the artifact. `NAME_onnx` is the graph with stacked states, in the precision
-    and flavour of the artifact's own graph where it has one, else that of its weights; the server keeps the states
+    `NAME` streams text and holds a copy of the artifact. `NAME_onnx` is the graph with stacked states, proven, in the
+    precision of the artifact's own graph where it has one, else that of its weights; the server keeps the states
     of its sequences, which begin at zero. `NAME_onnx_STATE` is the same graph, whose sequences go on from a saved
     state.
 
@@ -110,21 +112,22 @@ def write_repository(
         ArtifactError: the artifact is damaged, or the repository cannot be written.
         ConfigError: a name cannot be a model's, or the repository and the artifact lie in one another.
         StateError: a saved state is damaged or another model's.
-        MissingExtraError: onnx is not installed.
+        VerificationError: the graph does not compute what the weights stand for.
+        MissingExtraError: onnx or onnxruntime is not installed.
     """
     states = dict(initial_states or {})
     check_repository(repo, artifact, name=name, states=tuple(states), force=force)
     checkpoint, _ = load_artifact(artifact)
     model = load(artifact, device="cpu", runtime="torch") if states else None  # has the fingerprint of its states
     snapshots = {} if model is None else {key: model.load_state(path) for key, path in states.items()}
-    flavour, precision = _graph_kind(artifact, checkpoint)
+    precision = _graph_precision(artifact, checkpoint)
     graph_name = name + ONNX_SUFFIX
     try:
         with atomic_folder(repo, replace=force) as folder:
             _write_text_model(folder / name, name, artifact)
             graph = folder / graph_name / "1" / GRAPH_FILE
             graph.parent.mkdir(parents=True)
-            _write_graph(graph, checkpoint, flavour, precision)
+            _write_graph(graph, checkpoint, precision, artifact)
             _write_config(folder / graph_name, onnx_config(graph_name, checkpoint.config, max_sequences=MAX_SEQUENCES))
             for key, snapshot in snapshots.items():
                 own = folder / f"{graph_name}_{key}"
@@ -152,7 +155,7 @@ def _write_state_model(folder: Path, config: MambaConfig, state: MambaState) -> 
     """What a model with an initial state has beside its graph."""
     files = {}
     (folder / INITIAL_STATES).mkdir()
-    for kind, values in zip(stacked_states(config), stack(state), strict=True):
+    for kind, values in zip(state_tensors(config, "stacked"), stack(state), strict=True):
         files[kind.past] = f"{kind.past}.bin"
         (folder / INITIAL_STATES / files[kind.past]).write_bytes(values.contiguous().numpy().astype("<f4").tobytes())
     text = onnx_config(folder.name, config, max_sequences=MAX_SEQUENCES, initial_files=files)
@@ -163,25 +166,29 @@ def _write_config(folder: Path, text: str) -> None:
     (folder / "config.pbtxt").write_text(text, encoding="utf-8")
 
 
-def _write_graph(path: Path, checkpoint: Checkpoint, flavour: Flavour, precision: Precision) -> None:
+def _write_graph(path: Path, checkpoint: Checkpoint, precision: Precision, artifact: Path) -> None:
+    """Writes the graph with stacked states, and proves it as that of an artifact is proven."""
     from export.onnx_graph.emit import GraphOptions, write_graph
+    from export.onnx_graph.verify import verify_graph
 
-    write_graph(path, checkpoint, GraphOptions(flavour=flavour, precision=precision, states="stacked"))
+    # what runs it is ONNX Runtime, whose own operators say how activations are rounded
+    options = GraphOptions("ort", precision, "stacked")
+    write_graph(path, checkpoint, options)
+    verify_graph(path, artifact, options, make_probe(checkpoint.tokenizer, checkpoint.config.n_tokens))
 
 
-def _graph_kind(artifact: Path, checkpoint: Checkpoint) -> tuple[Flavour, Precision]:
-    """Flavour and precision of the artifact's graph; where it has none, those that its weights ask for."""
-    try:
-        import onnx
-    except ModuleNotFoundError:
-        raise MissingExtraError("onnx", "onnx", "a Triton repository") from None
+def _graph_precision(artifact: Path, checkpoint: Checkpoint) -> Precision:
+    """That of the artifact's graph; where it has none, the one that its weights ask for."""
+    require_onnx("a Triton repository")
+    import onnx
+
     path = artifact / GRAPH_FOLDER / GRAPH_FILE
     if not path.is_file():
         stored = checkpoint.quantization.format
-        return "ort", "fp32" if stored == "none" else stored
+        return "fp32" if stored == "none" else stored
     model = onnx.load(path, load_external_data=False)
-    facts = GraphFacts.from_metadata({entry.key: entry.value for entry in model.metadata_props}, where=str(path))
-    return facts.flavour, facts.precision
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    return GraphFacts.from_metadata(properties, where=str(path)).precision
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
 from export.cli import main as export_main
-from export.onnx_graph import matrices, verify
+from export.onnx_graph import matrices
+from export.onnx_graph.probe_session import ProbeSession
 from export.options import Options
 from export.pipeline import export
 from export.verify import make_probe
@@ -70,21 +70,13 @@ def test_graph_that_serves_something_else_is_refused_however_much_rounding_chang
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     source = write_source(tmp_path / "source", small_config(), tokenizer=False, seed=seed)
-    true_opened = verify._opened
+    true_run = ProbeSession._run
 
-    class Zeros:
-        """A session whose logits are all zero."""
+    def zeros(session: ProbeSession, *arguments: Any) -> tuple[torch.Tensor, Any]:
+        logits, states = true_run(session, *arguments)
+        return (logits if session.is_exact else 0 * logits), states
 
-        def __init__(self, session: onnxruntime.InferenceSession) -> None:
-            self.session = session
-
-        def run(self, *arguments: Any) -> list[Any]:
-            logits, *states = self.session.run(*arguments)
-            return [0 * logits, *states]
-
-    monkeypatch.setattr(
-        verify, "_opened", lambda path, graph: (Zeros if graph is None else lambda own: own)(true_opened(path, graph))
-    )
+    monkeypatch.setattr(ProbeSession, "_run", zeros)
     with pytest.raises(VerificationError, match=r"^onnx_int8_activations"):
         export(source, tmp_path / "out", options=Options(onnx=True, onnx_precision="int8"))
 
@@ -103,9 +95,9 @@ def test_shorter_weights_of_a_graph_are_told_of(tmp_path: Path, precision: Preci
 
 def test_graph_that_onnxruntime_cannot_run_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(tmp_path / "source", small_config(), tokenizer=False)
-    true_states = verify._zero_states
+    true_zeros = ProbeSession._zeros
     monkeypatch.setattr(
-        verify, "_zero_states", lambda *of: {name: state[:, :, :1] for name, state in true_states(*of).items()}
+        ProbeSession, "_zeros", lambda *of: {name: state[:, :, :1] for name, state in true_zeros(*of).items()}
     )
     with pytest.raises(VerificationError, match=r"^onnx: onnxruntime cannot run the graph: .*nothing was written"):
         export(source, tmp_path / "out", options=Options(onnx=True))

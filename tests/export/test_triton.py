@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from export.cli import main as export_main
+from export.onnx_graph import emit
 from export.triton import write_repository
 from export.triton.repository import check_repository
 from serving.state_cli import main as state_main
@@ -18,7 +19,7 @@ from tests.models import random_ids
 from tests.triton_models import cut_config, write_tiny_artifact
 from yunmin.cli import run
 from yunmin.config import MambaConfig
-from yunmin.errors import ArtifactError, ConfigError, StateError
+from yunmin.errors import ArtifactError, ConfigError, StateError, VerificationError
 from yunmin.language_model import LanguageModel, load
 
 PROMPT = [5, 7, 11, 13, 17]
@@ -187,6 +188,16 @@ def test_a_state_of_another_model_is_refused_and_nothing_written(model: Language
     with pytest.raises(StateError, match="another model"):
         write_repository(tmp_path / "repo", model.folder, initial_states={"s": tmp_path / "state.safetensors"})
     assert not (tmp_path / "repo").exists()
+
+
+def test_a_graph_that_computes_something_else_leaves_no_repository(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_stack = emit._stack
+    monkeypatch.setattr(emit, "_stack", lambda graph, stacks, by_layer: true_stack(graph, stacks, by_layer[::-1]))
+    with pytest.raises(VerificationError, match="onnx"):
+        write_repository(tmp_path / "repo", model.folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_force_replaces_a_repository_and_nothing_else(model: LanguageModel, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, get_args
 
 from yunmin.config import MambaConfig
@@ -51,6 +52,35 @@ def present_name(layer: int, kind: str) -> str:
 def stacked_names(kind: str) -> tuple[str, str]:
     """The input and the output with all layers' "conv" or "recurrent" states."""
     return f"past_{kind}_states", f"present_{kind}_states"
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A state that goes into a graph and comes out of it.
+
+    Attributes:
+        past, present: names of the input and of the output.
+        shape: without the batch.
+    """
+
+    past: str
+    present: str
+    shape: tuple[int, ...]
+
+
+def state_tensors(config: MambaConfig, states: States) -> list[StateTensor]:
+    """The states of a model's graph, in its order."""
+    shapes = {
+        "conv": [(config.d_conv - 1, inner) for inner in config.d_inner],
+        "recurrent": [(n, inner) for n, inner in zip(config.d_state, config.d_inner, strict=True)],
+    }
+    if states == "stacked":
+        return [StateTensor(*stacked_names(kind), (sum(map(prod, shapes[kind])),)) for kind in shapes]
+    return [
+        StateTensor(past_name(layer, kind), present_name(layer, kind), shapes[kind][layer])
+        for layer in range(config.n_layers)
+        for kind in shapes
+    ]
 
 
 @dataclass(frozen=True)
