@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -13,10 +13,12 @@ from yunmin.artifact import is_artifact, read_manifest, write_manifest
 from yunmin.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.cost import cost_of
+from yunmin.errors import ArtifactError
 from yunmin.files import atomic_folder
 from yunmin.quantization.layout import FLOAT32, Quantization
 from yunmin.quantization.packing import pack_tensors
 from yunmin.quantization.rounding import round_tensors
+from yunmin.runtime import onnx_contract
 from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, Precision
 from yunmin.tokenizer import copy_tokenizer
 
@@ -52,8 +54,8 @@ def graph_artifact(kind: str, plain: Checkpoint, cache: Path, say: Say) -> tuple
 
     stage.require_onnx("the contestant onnxruntime")
     quantized, folder = _quantization(kind), cache / f"onnx-{kind}"
-    code = _digest(Path(stage.__file__).parent)
-    if not is_artifact(folder) or read_manifest(folder, verify_files=False).provenance["graph_code"] != code:
+    code = _digest([*Path(stage.__file__).parent.glob("*.py"), Path(onnx_contract.__file__)])
+    if not is_artifact(folder) or _graph_code(folder) != code:
         say(f"making {folder}")
         _write_artifact(folder, plain, quantized, {"graph_code": code}, graph=kind)
     return folder, quantized
@@ -91,10 +93,17 @@ def _write_artifact(
         )
 
 
-def _digest(folder: Path) -> str:
-    """Of the Python files in a folder."""
+def _graph_code(folder: Path) -> str:
+    """Of the code that wrote an artifact's graph; "" for what is no artifact of today's format."""
+    try:
+        return str(read_manifest(folder, verify_files=False).provenance["graph_code"])
+    except (ArtifactError, KeyError):
+        return ""
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

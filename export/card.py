@@ -180,8 +180,8 @@ def _graph_section(provenance: Mapping[str, Any]) -> str:
     )
     if graph["change"]:
         text += (
-            f" Its weights are shorter than the artifact's: that changes logits by up to {graph['change']:.1e} of the "
-            "largest, on the text of the proof."
+            f" Rounding of weights or activations takes its logits up to {graph['change']:.1e} of the largest from "
+            "those of the artifact's weights, where both were compared."
         )
     return text
 

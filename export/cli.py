@@ -162,7 +162,7 @@ def _artifact(options: argparse.Namespace, wanted: Options, progress: Callable[[
         graph = manifest.provenance["onnx"]
         print(f"\n{options.out}/{graph['file']}: {graph['flavour']}, {graph['precision']}, {graph['bytes']:,} bytes")
         if graph["change"]:
-            print(f"its weights are shorter than the artifact's: logits change by {graph['change']:.1e} of the largest")
+            print(f"rounding takes its logits up to {graph['change']:.1e} of the largest from the artifact's weights'")
     if wanted.triton is not None:
         print(f"\n{wanted.triton}: model repository for Triton")
     print(f"\nnext:\n  yunmin inspect {options.out}\n  yunmin serve {options.out}")

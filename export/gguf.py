@@ -25,7 +25,7 @@ from export.gguf_readback import require_faithful
 from export.gguf_tokenizer import TokenTable, token_table
 from yunmin.axes import layer_prefix
 from yunmin.config import MambaConfig
-from yunmin.errors import ConfigError, MissingExtraError
+from yunmin.errors import ConfigError, MissingExtraError, TokenizerError
 from yunmin.files import atomic_file
 from yunmin.model import check_tensors
 from yunmin.tokenizer import Tokenizer
@@ -76,6 +76,10 @@ def write_gguf(
     check_tensors(config, tensors)
     check_fits_llama_cpp(config)
     rows = config.n_tokens if tokenizer is None else max(config.n_tokens, tokenizer.vocab_size)
+    if rows > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {rows} ids: expected at most {config.vocab_size}, the model's vocabulary"
+        )
     config, tensors = _with_rows(rows, config, tensors)
     table = None if tokenizer is None else token_table(tokenizer, config)
     with atomic_file(path) as aside:

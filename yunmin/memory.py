@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -14,19 +15,17 @@ import numpy as np
 from torch import Tensor
 
 _PAGES = Path("/proc/self/pagemap")  # eight bytes for each page of this process
-_PRESENT, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 61)
+_PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 _IS_LINUX = sys.platform.startswith("linux")
 
 
 def release_pages(tensors: Iterable[Tensor]) -> None:
     """Lets go of the pages of tensors that are mapped from files, which reading brings back.
 
-    Tensors in other memory are left alone, as are pages that were written to, and everything where the system is not
-    Linux.
+    Tensors in other memory are left alone, as are those that were written to, and everything where the system does not
+    tell, as others than Linux.
     """
-    if not _IS_LINUX:
-        return
-    with _PAGES.open("rb", buffering=0) as pages:
+    with contextlib.suppress(OSError), _PAGES.open("rb", buffering=0) as pages:
         for tensor in tensors:
             if tensor.device.type == "cpu" and tensor.is_contiguous():
                 first = -(-tensor.data_ptr() // mmap.PAGESIZE)
@@ -44,7 +43,7 @@ def trim_heap() -> None:
 
 
 def _are_of_files(pages: int, first: int, count: int) -> bool:
-    """Whether each page in memory is still a file's: a page that was written to is this process's own."""
+    """Whether pages are in memory, and each of them still a file's: one that was written to is this process's own."""
     entries = np.frombuffer(os.pread(pages, 8 * count, 8 * first), np.uint64)
-    present = entries[entries & _PRESENT != 0]
-    return len(entries) == count and bool((present & _OF_FILE != 0).all())
+    held = entries[entries & (_PRESENT | _SWAPPED) != 0]
+    return len(entries) == count and len(held) > 0 and bool((held & (_PRESENT | _OF_FILE) == _PRESENT | _OF_FILE).all())

@@ -23,12 +23,18 @@ from yunmin.cli import run
 from yunmin.config import MambaConfig
 from yunmin.errors import ArtifactError, ConfigError
 from yunmin.files import atomic_folder, write_json
-from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, INPUT_IDS, KEPT_LOGITS, LOGITS, GraphFacts
+from yunmin.runtime.onnx_contract import (
+    GRAPH_FILE,
+    GRAPH_FOLDER,
+    INPUT_IDS,
+    KEPT_LOGITS,
+    LOGITS,
+    SESSION_CONFIG,
+    GraphFacts,
+)
 from yunmin.tokenizer import copy_tokenizer
 
 CONFIG_FILE = "genai_config.json"
-# onnxruntime makes products of DequantizeLinear and MatMul that round activations, unless told not to
-_SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 _CONTEXT = 1_048_576  # a recurrent state has no longest context, but GenAI wants a number
 _PADDED = "padded_logits"
 
@@ -84,7 +90,7 @@ def genai_config(config: MambaConfig) -> dict[str, Any]:
     end = config.eos_token_ids[0]
     decoder = {
         "filename": GRAPH_FILE,
-        "session_options": _SESSION_OPTIONS,
+        "session_options": SESSION_CONFIG,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
         # attention there is none, but these are required

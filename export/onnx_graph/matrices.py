@@ -45,9 +45,7 @@ class Matrices:
             keeps_nan: whether NaN must stay NaN where x is rounded to integers, too, which would make numbers of it.
         """
         if self._weights.is_quantized:
-            if not self._is_ort:
-                return self._dequantized(x, name, self._weights.quantized(name))
-            product = self._bits(x, name)
+            product = self._bits(x, name) if self._is_ort else self._dequantized(x, name, self._weights.quantized(name))
             return self._nan_where_in(x, product) if keeps_nan else product
         matrix = self._weights.plain(name).T
         if self._precision == "fp16":

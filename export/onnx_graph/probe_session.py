@@ -17,10 +17,9 @@ from torch import Tensor
 
 from yunmin.config import MambaConfig
 from yunmin.errors import VerificationError
-from yunmin.runtime.onnx_contract import INPUT_IDS, KEPT_LOGITS, LOGITS, States, state_tensors
+from yunmin.runtime.onnx_contract import INPUT_IDS, KEPT_LOGITS, LOGITS, SESSION_CONFIG, States, state_tensors
 from yunmin.threads import get_threads
 
-EXACT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level of float32
 _REFUSALS = (Fail, InvalidArgument, InvalidGraph, NotImplementedByRuntime, RuntimeException)
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -50,8 +49,8 @@ class ProbeSession:
         options.log_severity_level = 3
         options.intra_op_num_threads = get_threads()
         options.enable_cpu_mem_arena = False  # memory goes back at once
-        # of DequantizeLinear and MatMul it makes MatMulNBits, which rounds activations unless told not to
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(EXACT_ACTIVATIONS))
+        for key, value in SESSION_CONFIG.items():
+            options.add_session_config_entry(key, value)
         if self.is_exact:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         source = str(path) if exact is None else exact.SerializeToString()
@@ -65,22 +64,30 @@ class ProbeSession:
         """Logits of each sequence read alone (tokens, V)."""
         return torch.cat([self._run([row], self._zeros(1), 0)[0][0] for row in sequences])
 
-    def step(self, rows: Sequence[Sequence[int]], steps: int) -> Tensor:
-        """The last positions' logits by a prefill of each row alone and single steps of all (rows * (steps + 1), V)."""
-        begun = [self._run([row[:-steps]], self._zeros(1), 1) for row in rows]
+    def step(self, rows: Sequence[Sequence[int]], steps: int, last: int) -> Tensor:
+        """The last positions' logits (rows * (1 + steps + last), V).
+
+        Each row is prefilled alone; all then advance together, by single steps, and at the end by several tokens at
+        once.
+        """
+        after = steps + last
+        begun = [self._run([row[:-after]], self._zeros(1)) for row in rows]
         states = {name: np.concatenate([state[name] for _, state in begun]) for name in begun[0][1]}
-        logits = [torch.cat([first[:, 0] for first, _ in begun])]  # (rows, V)
-        for position in range(-steps, 0):
-            found, states = self._run([[row[position]] for row in rows], states, 1)
-            logits.append(found[:, 0])
-        return torch.stack(logits, dim=1).flatten(0, 1)
+        logits = [torch.cat([first for first, _ in begun])]  # (rows, 1, V)
+        for position in range(-after, -last):
+            found, states = self._run([row[position : position + 1] for row in rows], states)
+            logits.append(found)
+        found, _ = self._run([row[-last:] for row in rows], states, 0)
+        return torch.cat([*logits, found], dim=1).flatten(0, 1)
 
     def _zeros(self, batch: int) -> Arrays:
         return {tensor.past: np.zeros((batch, *tensor.shape), np.float32) for tensor in self._tensors}
 
-    def _run(self, ids: npt.ArrayLike, states: Arrays, kept: int) -> tuple[Tensor, Arrays]:
-        """Ids (B, T) and states -> logits of the last `kept` positions, 0 for all (B, kept, V), and the next states."""
-        feeds = {INPUT_IDS: np.asarray(ids, np.int64), KEPT_LOGITS: np.asarray(kept, np.int64), **states}
+    def _run(self, ids: npt.ArrayLike, states: Arrays, kept: int | None = None) -> tuple[Tensor, Arrays]:
+        """Ids (B, T) and states -> logits (B, kept, V) of the last `kept` positions, 0 for all, and the next states."""
+        feeds = {INPUT_IDS: np.asarray(ids, np.int64), **states}
+        if kept is not None:
+            feeds[KEPT_LOGITS] = np.asarray(kept, np.int64)
         try:
             logits, *present = self._session.run([LOGITS, *(tensor.present for tensor in self._tensors)], feeds)
         except _REFUSALS as error:

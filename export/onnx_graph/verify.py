@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from export.onnx_graph.emit import GraphOptions
-from export.onnx_graph.probe_session import EXACT_ACTIVATIONS, ProbeSession, first_line
+from export.onnx_graph.probe_session import ProbeSession, first_line
 from export.onnx_graph.reference import reference_network
 from export.verify import TOLERANCES, Probe, logits_as_batch, require_parity
 from yunmin.artifact import Parity
@@ -32,7 +32,9 @@ from yunmin.memory import trim_heap
 from yunmin.runtime.onnx_contract import Precision
 
 STEPS = 32
+_LAST = 5  # tokens that follow the steps at once
 _HISTORIES = (64, 29, 1)  # tokens before the steps, unequal
+_EXACT_ACTIVATIONS = 1  # MatMulNBits' accuracy_level of float32
 _SERVED = "onnx_int8_activations"
 _LARGEST_TOLERANCE = 0.5
 _ROWS = 64  # of logits that are compared at once
@@ -45,7 +47,8 @@ class GraphProof:
     Attributes:
         parity: how far its logits lie from those of its weights, by claim: "onnx" (whole sequences) and "onnx_steps"
             with activations as they are, and for products that round them "onnx_int8_activations", both.
-        change: how far the logits of its weights lie from those of the artifact's, which may be longer; of the largest.
+        change: how far rounding of weights and activations takes its logits from those of the artifact's weights, of
+            the largest.
     """
 
     parity: dict[str, Parity]
@@ -53,7 +56,8 @@ class GraphProof:
 
 
 def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe) -> GraphProof:
-    """Compares a graph with the torch network of its weights: whole sequences, and 32 steps of a batch of three.
+    """Compares a graph with the torch network of its weights: whole sequences, and 32 steps of a batch of three,
+    which then reads more tokens at once.
 
     Args:
         path: of the graph.
@@ -81,26 +85,27 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
     config, precision, stored = checkpoint.config, options.precision, checkpoint.quantization.format
     expected = _reference_logits(checkpoint, precision, both)
     change = 0.0
-    if precision not in ("fp32", stored):
+    if precision not in ("fp32", stored) and not rounds:
         change = _relative_change(expected, _reference_logits(checkpoint, "fp32", both))
     del checkpoint  # which would stay in memory beside onnxruntime's
     trim_heap()
     session = ProbeSession(path, config, options.states, graph)
     parity = {
         "onnx": require_parity("onnx", session.read(probe.sequences), expected[:read]),
-        "onnx_steps": require_parity("onnx_steps", session.step(rows, STEPS), expected[stepped]),
+        "onnx_steps": require_parity("onnx_steps", session.step(rows, STEPS, _LAST), expected[stepped]),
     }
     del session
     trim_heap()
     if rounds:
         checkpoint = load_checkpoint(artifact, quantized=True)
         rounded = _reference_logits(checkpoint, precision, both, rounds_activations=True)
-        del checkpoint
-        trim_heap()
         tolerance = max(TOLERANCES[_SERVED], _relative_change(rounded, expected))
         del expected
+        change = _relative_change(rounded, _reference_logits(checkpoint, "fp32", both))
+        del checkpoint
+        trim_heap()
         session = ProbeSession(path, config, options.states)
-        served = torch.cat([session.read(probe.sequences), session.step(rows, STEPS)])
+        served = torch.cat([session.read(probe.sequences), session.step(rows, STEPS, _LAST)])
         rounded = rounded[torch.cat([torch.arange(read), stepped])]
         parity[_SERVED] = require_parity(_SERVED, served, rounded, tolerance=min(tolerance, _LARGEST_TOLERANCE))
     return GraphProof(parity, change)
@@ -153,7 +158,7 @@ def _rows_to_step(probe: Probe) -> tuple[tuple[int, ...], ...]:
     """Token ids for a batch of three with unequal histories, from the probe's text, which is repeated where short."""
     sources = itertools.cycle(probe.sequences)
     return tuple(
-        tuple(itertools.islice(itertools.cycle(source), history + STEPS))
+        tuple(itertools.islice(itertools.cycle(source), history + STEPS + _LAST))
         for source, history in zip(sources, _HISTORIES, strict=False)
     )
 
@@ -162,7 +167,7 @@ def _step_positions(probe: Probe, rows: Sequence[Sequence[int]]) -> Tensor:
     """Where the stepped logits lie among those of the probe and then the rows, int64, row after row."""
     ends = itertools.accumulate((len(row) for row in rows), initial=probe.tokens)
     next(ends)
-    return torch.cat([torch.arange(end - STEPS - 1, end) for end in ends])
+    return torch.cat([torch.arange(end - STEPS - _LAST - 1, end) for end in ends])
 
 
 def _with_exact_activations(graph: onnx.ModelProto) -> bool:
@@ -175,5 +180,5 @@ def _with_exact_activations(graph: onnx.ModelProto) -> bool:
         if attribute.name == "accuracy_level"
     ]
     for attribute in levels:
-        attribute.i = EXACT_ACTIVATIONS
+        attribute.i = _EXACT_ACTIVATIONS
     return bool(levels)

@@ -82,7 +82,7 @@ def text_config(name: str, settings: Mapping[str, str]) -> str:
         f"parameters {{ key: {_text(key)}, value: {{ string_value: {_text(value)} }} }}\n"
         for key, value in sorted(settings.items())
     )
-    return f"""# text in, text out, token by token where `stream` is true
+    return f"""# text in, text out, as it comes where `stream` is true
 name: {_text(name)}
 backend: "python"
 max_batch_size: 0

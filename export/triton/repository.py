@@ -22,6 +22,7 @@ from yunmin.files import atomic_folder
 from yunmin.language_model import load
 from yunmin.runtime.onnx_contract import GRAPH_FILE, GRAPH_FOLDER, GraphFacts, Precision, state_tensors
 from yunmin.runtime.onnx_state import graph_tensors
+from yunmin.snapshots import read_state_file, snapshot_metadata
 from yunmin.state import MambaState
 from yunmin.triton_contract import ARTIFACT_FOLDER, INITIAL_STATES
 
@@ -42,7 +43,7 @@ def named_states(files: Sequence[str]) -> dict[str, Path]:
 
     Raises:
         ConfigError: two have the same name.
-        StateError: there is no such file.
+        StateError: there is no such file, or it is none of a saved state.
     """
     states: dict[str, Path] = {}
     for path in map(Path, files):
@@ -51,6 +52,8 @@ def named_states(files: Sequence[str]) -> dict[str, Path]:
         if path.stem in states:
             raise ConfigError(f"{path}: expected another name than that of {states[path.stem]}, which names a model")
         states[path.stem] = path
+    for path in states.values():
+        snapshot_metadata(path, read_state_file(path))
     return states
 
 

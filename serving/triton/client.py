@@ -36,7 +36,7 @@ class TritonError(YunminError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One response: a token's, or everything where nothing is streamed.
+    """One response: what was ready, or everything where nothing is streamed.
 
     Attributes:
         text: that became certain, possibly none.
@@ -65,7 +65,7 @@ def ask(
         model: its name in the repository.
         prompt: text or token ids.
         sampling: fields as in `yunmin.triton_contract.SAMPLING_FIELDS`.
-        stream: whether every token is an answer.
+        stream: whether tokens are answered as they come.
         timeout_s: most seconds between two answers.
 
     Raises:

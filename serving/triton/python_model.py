@@ -98,8 +98,11 @@ class TritonPythonModel:
     def _drop_departed(self) -> None:
         """A function of its own: a frame that sleeps with a response sender in it would keep the model loaded."""
         for stream, sender in self._running.items():
-            if sender.is_cancelled():
-                stream.cancel()
+            try:
+                if sender.is_cancelled():
+                    stream.cancel()
+            except Exception:  # of this sender: the others are still to be looked at
+                logger.exception("whether a caller has gone could not be found out")
 
     async def _answer(self, request: Any, sender: Any) -> None:
         try:

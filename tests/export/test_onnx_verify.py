@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from export.cli import main as export_main
 from export.onnx_graph import matrices
+from export.onnx_graph.layer import LayerWriter
 from export.onnx_graph.probe_session import ProbeSession
 from export.options import Options
 from export.pipeline import export
@@ -41,7 +42,7 @@ def test_graph_of_a_cut_artifact_is_proven_and_recorded(tmp_path: Path, flavour:
     graph = manifest.provenance["onnx"]
     assert (graph["flavour"], graph["precision"], graph["opset"]) == (flavour, precision, 21)
     assert manifest.parity["onnx"].relative_error <= 1e-4
-    assert manifest.parity["onnx_steps"].tokens == 3 * 33
+    assert manifest.parity["onnx_steps"].tokens == 3 * (1 + 32 + 5)
     is_rounded = flavour == "ort" and precision in ("int8", "int4")
     assert ("onnx_int8_activations" in manifest.parity) == is_rounded
     load_artifact(tmp_path / "out")
@@ -82,15 +83,32 @@ def test_graph_that_serves_something_else_is_refused_however_much_rounding_chang
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-def test_shorter_weights_of_a_graph_are_told_of(tmp_path: Path, precision: Precision, capsys: Captured) -> None:
+def test_what_rounding_changes_in_a_graph_is_told(tmp_path: Path, precision: Precision, capsys: Captured) -> None:
     source = write_source(tmp_path / "source", small_config(), tokenizer=False)
     arguments = [str(source), str(tmp_path / "out"), "--onnx", "--onnx-precision", precision]
     assert run(export_main, arguments) == 0
-    assert "shorter than the artifact's: logits change by" in capsys.readouterr().out
-    assert "Its weights are shorter than the artifact's" in (tmp_path / "out/README.md").read_text()
+    assert "rounding takes its logits up to" in capsys.readouterr().out
+    assert "Rounding of weights or activations takes its logits up to" in (tmp_path / "out/README.md").read_text()
     graph = json.loads((tmp_path / "out/manifest.json").read_text())["provenance"]["onnx"]
     assert 1e-5 < graph["change"] < 1
     assert {"Scan", "If", "Squeeze"} <= graph["operators"].keys()
+
+
+def test_scan_that_mixes_rows_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_source(tmp_path / "source", small_config(), tokenizer=False)
+    true_body = LayerWriter._step_body
+
+    def mixing(writer: LayerWriter, decay_rates: str, layer: int) -> onnx.GraphProto:
+        """The first row's decay is everyone's."""
+        body = true_body(writer, decay_rates, layer)
+        first = onnx.helper.make_node("Slice", ["delta", writer.graph.ints(0), writer.graph.ints(1)], ["first"])
+        body.node[0].input[0] = "first"
+        body.node.insert(0, first)
+        return body
+
+    monkeypatch.setattr(LayerWriter, "_step_body", mixing)
+    with pytest.raises(VerificationError, match=r"^onnx_steps"):
+        export(source, tmp_path / "out", options=Options(onnx=True))
 
 
 def test_graph_that_onnxruntime_cannot_run_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

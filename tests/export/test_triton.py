@@ -134,6 +134,7 @@ def test_the_command_writes_models_that_begin_at_zero_and_after_a_state(tmp_path
         (".", [], "expected a folder apart from the artifact's"),
         ("file/repo", [], "is a file"),
         ("repo", ["nowhere"], "nowhere: expected a file of `yunmin state build`, found none"),
+        ("repo", ["a/s.safetensors"], "a/s.safetensors: expected a saved state"),
         ("repo", ["a/s.safetensors", "b/s.safetensors"], "expected another name than that of"),
         (None, ["a/s.safetensors"], "expected --triton with it"),
     ],

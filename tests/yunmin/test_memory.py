@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from yunmin.memory import release_pages, trim_heap
+from yunmin import memory
+from yunmin.memory import _OF_FILE, _PRESENT, _SWAPPED, release_pages, trim_heap
 
 _MIB = 1 << 20
 
 
-def resident(kind: str) -> int:
-    """MiB of this process, `RssFile` or `RssAnon`."""
+def resident() -> int:
+    """MiB of files in this process's memory, those of a file system in memory too."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) >> 10
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile:", "RssShmem:"))) >> 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is released")
@@ -26,9 +27,9 @@ def test_pages_of_a_mapped_file_leave_memory_and_come_back(tmp_path: Path) -> No
     save_file({"x": values}, tmp_path / "x.safetensors")
     mapped = load_file(tmp_path / "x.safetensors")["x"]
     assert torch.equal(mapped, values)
-    before = resident("RssFile")
+    before = resident()
     release_pages([mapped])
-    assert resident("RssFile") <= before - 60
+    assert resident() <= before - 60
     assert torch.equal(mapped, values)
 
 
@@ -42,8 +43,23 @@ def test_what_was_written_or_lies_elsewhere_is_kept(tmp_path: Path) -> None:
     assert torch.equal(own, torch.arange(_MIB))
 
 
-def test_trimming_the_heap_changes_nothing() -> None:
-    kept = [torch.full((1000,), float(i)) for i in range(50)]
-    del kept[::2]
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([_PRESENT | _OF_FILE, 0, _PRESENT | _OF_FILE], True),
+        ([_PRESENT | _OF_FILE, _PRESENT], False),
+        ([_PRESENT | _OF_FILE, _SWAPPED], False),
+        ([_SWAPPED, _SWAPPED], False),
+        ([0, 0], False),
+    ],
+)
+def test_only_pages_known_to_be_a_files_are_let_go(tmp_path: Path, entries: list[int], expected: bool) -> None:
+    (tmp_path / "pagemap").write_bytes(b"".join(int(entry).to_bytes(8, "little") for entry in entries))
+    with (tmp_path / "pagemap").open("rb") as pages:
+        assert memory._are_of_files(pages.fileno(), 0, len(entries)) == expected
+
+
+def test_where_the_system_does_not_tell_nothing_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_PAGES", tmp_path / "none")
+    release_pages([torch.zeros(_MIB)])
     trim_heap()
-    assert [float(tensor[0]) for tensor in kept] == [float(i) for i in range(1, 50, 2)]

@@ -1,7 +1,7 @@
 """What an ONNX graph of ours looks like from outside: its inputs, outputs and metadata; `export.onnx_graph` writes it.
 
-Names follow ONNX Runtime GenAI's for models with recurrent states. For layers 0..n-1, with B sequences of T >= 1 tokens
-each:
+Names follow ONNX Runtime GenAI's for models with recurrent states. For layers 0..n-1, with B >= 1 sequences of T >= 1
+tokens each:
 
     input_ids                                 int64 (B, T)
     num_logits_to_keep                        int64 (), optional: logits of the last so many positions, 0 for all (1)
@@ -36,6 +36,8 @@ INPUT_IDS = "input_ids"
 KEPT_LOGITS = "num_logits_to_keep"
 LOGITS = "logits"
 FORMAT_VERSION = 2
+# ONNX Runtime makes products of DequantizeLinear and MatMul that round activations, unless told not to
+SESSION_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
 _PREFIX = "yunmin."
 
 

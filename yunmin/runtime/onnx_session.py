@@ -21,6 +21,7 @@ from yunmin.runtime.onnx_contract import (
     INPUT_IDS,
     KEPT_LOGITS,
     LOGITS,
+    SESSION_CONFIG,
     GraphFacts,
     past_name,
     present_name,
@@ -44,7 +45,6 @@ _REFUSALS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
-_EXACT_ACTIVATIONS = "1"
 _KINDS = ("conv", "recurrent")
 _Argument = tuple[str, list[int | None]]  # type and shape, as onnxruntime names them; None for any number
 _MOST_BINDINGS = 64  # of one memory: each knows two places of every tensor
@@ -167,8 +167,8 @@ class GraphSession:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # of DequantizeLinear and MatMul it makes products that round activations, unless told not to
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _EXACT_ACTIVATIONS)
+        for key, value in SESSION_CONFIG.items():
+            options.add_session_config_entry(key, value)
         try:
             self.ort = onnxruntime.InferenceSession(str(graph.path), options, providers=_providers(device))
         except _REFUSALS as error:
