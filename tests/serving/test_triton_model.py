@@ -87,6 +87,12 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 @pytest.fixture
+def others() -> set[threading.Thread]:
+    """Threads that other tests have left."""
+    return set(threading.enumerate())
+
+
+@pytest.fixture
 def model(backend: Backend, tmp_path: Path) -> Iterator[TritonPythonModel]:
     write_tiny_artifact(tmp_path / "1" / "artifact")
     loaded = TritonPythonModel()
@@ -133,14 +139,12 @@ def test_no_reference_keeps_a_sender_after_its_last_response(model: TritonPython
         gc.enable()
 
 
-def test_a_finalized_model_leaves_no_thread(model: TritonPythonModel) -> None:
+def test_a_finalized_model_leaves_no_thread(others: set[threading.Thread], model: TritonPythonModel) -> None:
     sender = Sender()
     begin(model, sender, max_tokens=3)
     assert sender.ended.wait(60)
-    names = {thread.name for thread in threading.enumerate()}
-    assert {"yunmin-triton", "yunmin-engine"} <= names
+    assert {"yunmin-triton", "yunmin-engine"} <= {thread.name for thread in set(threading.enumerate()) - others}
     model.finalize()
-    left = {thread.name for thread in threading.enumerate()}
-    assert not {"yunmin-triton", "yunmin-engine"} & left
-    assert not any(name.startswith("asyncio") for name in left)
+    left = {thread.name for thread in set(threading.enumerate()) - others}
+    assert not {name for name in left if name.startswith(("yunmin", "asyncio"))}
     model.finalize = lambda: None  # type: ignore[method-assign]
