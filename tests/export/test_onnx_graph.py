@@ -23,7 +23,7 @@ from yunmin.model import MambaLM
 from yunmin.quantization.layout import Quantization
 from yunmin.quantization.packing import pack_tensors
 from yunmin.quantization.rounding import round_tensors
-from yunmin.runtime.onnx_contract import Flavour, GraphFacts, Precision, stacked_names
+from yunmin.runtime.onnx_contract import Flavour, GraphFacts, Precision
 
 FLAVOURS: tuple[Flavour, ...] = ("ort", "portable")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
@@ -166,7 +166,7 @@ def test_stacked_states_are_the_layers_states_behind_one_another(tmp_path: Path,
     assert relative(logits, expected) < 1e-6
     for kind in ("conv", "recurrent"):
         parts = [layers[f"past_key_values.{i}.{kind}_state"].reshape(2, -1) for i in range(3)]
-        assert relative(stacks[stacked_names(kind)[0]], np.concatenate(parts, axis=1)) < 1e-6
+        assert relative(stacks[f"past_{kind}_states"], np.concatenate(parts, axis=1)) < 1e-6
     inputs = sorted(v.name for v in stacked.get_inputs() if v.name.startswith("past"))
     outputs = sorted(v.name for v in stacked.get_outputs() if v.name.startswith("present"))
     assert [name.removeprefix("past") for name in inputs] == [name.removeprefix("present") for name in outputs]

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from tests.peer_venv import peer_python
 
 ROOT = Path(__file__).parents[2]
-VENV = ROOT / ".venv-peers" / "triton"
 # the server's stub was built against numpy 1
 PACKAGES = (
     "nvidia-pytriton==0.7.0",
@@ -34,7 +33,6 @@ PACKAGES = (
 )
 _PINNED = {"huggingface_hub", "llguidance", "llvmlite", "numba", "pydantic", "pydantic_core", "safetensors"}
 _PINNED |= {"tokenizers", "torch"}
-_BUILD_S = 300
 _START_S = 90.0
 _EXIT_S = 20
 
@@ -56,22 +54,9 @@ class TritonServer:
 
 def triton_site() -> Path:
     """The packages of the server's environment, made where it is not there yet (40 s); skips where it cannot be."""
-    site = VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    stamp = VENV / ".installed"
-    if not stamp.is_file():
-        pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("==")[0] in _PINNED]
-        commands = [
-            [sys.executable, "-m", "venv", str(VENV)],
-            [str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", *PACKAGES, *pins],
-        ]
-        try:
-            for command in commands:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_S)
-        except (subprocess.SubprocessError, OSError) as error:
-            last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-            pytest.skip(f"no environment for Triton's server can be made here: {last}")
-        stamp.touch()
-    return site
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("==")[0] in _PINNED]
+    venv = peer_python("triton", *PACKAGES, *pins).parents[1]
+    return venv / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
 
 
 @contextlib.contextmanager
@@ -86,7 +71,7 @@ def triton_server(repository: Path, model: str, scratch: Path) -> Iterator[Trito
     libraries = [site / "nvidia_pytriton.libs", home / "external_libs", sysconfig.get_config_var("LIBDIR")]
     environment = {
         **os.environ,
-        "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{site.parents[2] / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{site}",
         "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries)),
     }

@@ -41,21 +41,6 @@ SESSION_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
 _PREFIX = "yunmin."
 
 
-def past_name(layer: int, kind: str) -> str:
-    """The input with a layer's "conv" or "recurrent" state."""
-    return f"past_key_values.{layer}.{kind}_state"
-
-
-def present_name(layer: int, kind: str) -> str:
-    """The output with that state after the last token."""
-    return f"present.{layer}.{kind}_state"
-
-
-def stacked_names(kind: str) -> tuple[str, str]:
-    """The input and the output with all layers' "conv" or "recurrent" states."""
-    return f"past_{kind}_states", f"present_{kind}_states"
-
-
 @dataclass(frozen=True)
 class StateTensor:
     """A state that goes into a graph and comes out of it.
@@ -77,9 +62,12 @@ def state_tensors(config: MambaConfig, states: States) -> list[StateTensor]:
         "recurrent": [(n, inner) for n, inner in zip(config.d_state, config.d_inner, strict=True)],
     }
     if states == "stacked":
-        return [StateTensor(*stacked_names(kind), (sum(map(prod, shapes[kind])),)) for kind in shapes]
+        return [
+            StateTensor(f"past_{kind}_states", f"present_{kind}_states", (sum(map(prod, shapes[kind])),))
+            for kind in shapes
+        ]
     return [
-        StateTensor(past_name(layer, kind), present_name(layer, kind), shapes[kind][layer])
+        StateTensor(f"past_key_values.{layer}.{kind}_state", f"present.{layer}.{kind}_state", shapes[kind][layer])
         for layer in range(config.n_layers)
         for kind in shapes
     ]

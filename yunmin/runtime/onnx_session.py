@@ -23,10 +23,9 @@ from yunmin.runtime.onnx_contract import (
     LOGITS,
     SESSION_CONFIG,
     GraphFacts,
-    past_name,
-    present_name,
+    state_tensors,
 )
-from yunmin.runtime.onnx_state import Layout, StateMemory
+from yunmin.runtime.onnx_state import StateMemory
 
 try:
     import onnxruntime
@@ -45,7 +44,6 @@ _REFUSALS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
-_KINDS = ("conv", "recurrent")
 _Argument = tuple[str, list[int | None]]  # type and shape, as onnxruntime names them; None for any number
 _MOST_BINDINGS = 64  # of one memory: each knows two places of every tensor
 
@@ -115,8 +113,8 @@ class Binding:
         self._device = (session.device.type, session.device.index or 0)
         self._io = session.ort.io_binding()
         for bind, names, (memory, side) in (
-            (self._io.bind_input, session.past_names, read),
-            (self._io.bind_output, session.present_names, write),
+            (self._io.bind_input, [state.past for state in session.states], read),
+            (self._io.bind_output, [state.present for state in session.states], write),
         ):
             address = memory.side(side).data_ptr()
             for name, begin, shape in zip(names, memory.begins, memory.layout.shapes, strict=True):
@@ -154,7 +152,7 @@ class GraphSession:
         ort: the library's own object.
         device, threads: as above.
         facts: what the graph says about itself.
-        past_names, present_names: of its states, in the order of `yunmin.runtime.onnx_state.Layout`.
+        states: its inputs and outputs for them, in the order of `yunmin.runtime.onnx_state.Layout`.
 
     Raises:
         ArtifactError: the graph is damaged or not one of ours.
@@ -182,9 +180,7 @@ class GraphSession:
             )
         if device.type == "cuda" and _CUDA not in self.ort.get_providers():
             raise ConfigError(f"device {str(device)!r}: onnxruntime could not start on it, its log has the reason")
-        layers = range(self.facts.config.n_layers)
-        self.past_names = [past_name(layer, kind) for layer in layers for kind in _KINDS]
-        self.present_names = [present_name(layer, kind) for layer in layers for kind in _KINDS]
+        self.states = state_tensors(self.facts.config, "layers")
         self._require_contract(graph.path)
         self._bindings: WeakKeyDictionary[StateMemory, OrderedDict[tuple[int, int], Binding]] = WeakKeyDictionary()
 
@@ -201,11 +197,10 @@ class GraphSession:
 
     def _require_contract(self, where: Path) -> None:
         """Raises ArtifactError where an input or output is missing, or of another type or shape; names it."""
-        shapes = Layout.of(self.facts.config).shapes
         inputs: dict[str, _Argument] = {INPUT_IDS: ("tensor(int64)", [None, None]), KEPT_LOGITS: ("tensor(int64)", [])}
         outputs: dict[str, _Argument] = {LOGITS: ("tensor(float)", [None, None, self.facts.config.vocab_size])}
-        for shape, past, present in zip(shapes, self.past_names, self.present_names, strict=True):
-            inputs[past] = outputs[present] = ("tensor(float)", [None, *shape])
+        for state in self.states:
+            inputs[state.past] = outputs[state.present] = ("tensor(float)", [None, *state.shape])
         for kind, expected, arguments in (
             ("input", inputs, (*self.ort.get_inputs(), *self.ort.get_overridable_initializers())),
             ("output", outputs, self.ort.get_outputs()),

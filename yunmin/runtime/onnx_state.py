@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from yunmin.config import MambaConfig
+from yunmin.runtime.onnx_contract import state_tensors
 from yunmin.state import MambaState, require_widths
 
 _ALIGNMENT = 16  # numbers: a tensor begins where a line of the cache does
@@ -28,14 +29,13 @@ class Layout:
     taps: int
     d_inner: tuple[int, ...]
     d_state: tuple[int, ...]
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, config: MambaConfig) -> Layout:
         """The layout of a model's states."""
-        taps = config.d_conv - 1
-        pairs = (((taps, inner), (n, inner)) for inner, n in zip(config.d_inner, config.d_state, strict=True))
-        return cls(taps, config.d_inner, config.d_state, tuple(shape for pair in pairs for shape in pair))
+        shapes = tuple(tensor.shape for tensor in state_tensors(config, "layers"))
+        return cls(config.d_conv - 1, config.d_inner, config.d_state, shapes)
 
     @property
     def numbers(self) -> int:
