@@ -28,6 +28,7 @@ _CLAIMS = {
     "layers": "the runtime on the integers of one layer at a time against plain torch, the worst",
     "quantized": "the runtime on its integers against plain torch on them",
     "cut": "its weights against the model that was cut further, fp64",
+    "onnx_embedding": "what the ONNX graph looks up for every id, against the embedding",
     "onnx": "the ONNX graph in onnxruntime against plain torch on its weights",
     "onnx_steps": "its single steps, in a batch, likewise",
     "onnx_int8_activations": "the ONNX graph with its activations rounded to int8 likewise",

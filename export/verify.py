@@ -30,6 +30,7 @@ TOLERANCES = {
     "cut": 1e-4,
     "layers": 3e-2,
     "quantized": 3e-2,
+    "onnx_embedding": 1e-6,
     "onnx": 1e-4,
     "onnx_steps": 1e-4,
     "onnx_int8_activations": 3e-2,
@@ -41,6 +42,7 @@ _REFERENCES = {
     "layers": "those of the stored integers in plain torch",
     "quantized": "those of the stored integers in plain torch",
     "cut": "those of the model that was cut further, in float64,",
+    "onnx_embedding": "those of the weights it stands for, looked up for every id,",
     "onnx": "those of the weights it stands for in plain torch",
     "onnx_steps": "those of the weights it stands for in plain torch when it steps",
     "onnx_int8_activations": "those of the weights it stands for in plain torch when activations are rounded",
@@ -176,9 +178,10 @@ def require_parity(
         tokens=expected.shape[:-1].numel(),
     )
     if not parity.holds:
+        values = "embedding" if what == "onnx_embedding" else "logit"
         raise VerificationError(
-            f"{what}: the exported model's logits differ from {_REFERENCES[what]} by {parity.max_abs_error:.3g}, "
-            f"expected at most {tolerance:g} of the largest logit {largest:.4g}; nothing was written{hint}"
+            f"{what}: the exported model's {values}s differ from {_REFERENCES[what]} by {parity.max_abs_error:.3g}, "
+            f"expected at most {tolerance:g} of the largest {values} {largest:.4g}; nothing was written{hint}"
         )
     return parity
 

@@ -16,6 +16,7 @@ from export.onnx_graph.matrices import Matrices
 from export.onnx_graph.weights import GraphWeights
 from yunmin.checkpoint import Checkpoint
 from yunmin.runtime.onnx_contract import (
+    EMBEDDED,
     INPUT_IDS,
     KEPT_LOGITS,
     LOGITS,
@@ -29,7 +30,7 @@ from yunmin.runtime.onnx_contract import (
 
 OPSET = 21
 _IR_VERSION = 10
-_EMBEDDING = "backbone.embeddings.weight"
+EMBEDDING = "backbone.embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def write_graph(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> No
     by_layer = state_tensors(config, "layers")
     if options.states == "stacked":
         _unstack(graph, tensors, by_layer)
-    x = matrices.rows(INPUT_IDS, _EMBEDDING)  # (B, T, d)
+    x = graph.op("Identity", [matrices.rows(INPUT_IDS, EMBEDDING)], output=EMBEDDED)  # (B, T, d)
     for layer in range(config.n_layers):
         graph.scope(f"layers.{layer}")
         conv, recurrent = by_layer[2 * layer : 2 * layer + 2]
@@ -82,7 +83,7 @@ def write_graph(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> No
     kept = graph.op("Reshape", [graph.op("Neg", [KEPT_LOGITS]), graph.ints(1)])
     x = graph.op("Slice", [x, kept, graph.ints(2**62), graph.ints(1)])  # (B, kept, d)
     x = layers.norm(x, "backbone.norm_f.weight")
-    logits = matrices.head(x, _EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
+    logits = matrices.head(x, EMBEDDING if config.tie_word_embeddings else "lm_head.weight")
     graph.op("Identity", [logits], output=LOGITS)
 
     ids = helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, ["batch", "sequence"])

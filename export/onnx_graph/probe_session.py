@@ -17,12 +17,59 @@ from torch import Tensor
 
 from yunmin.config import MambaConfig
 from yunmin.errors import VerificationError
-from yunmin.runtime.onnx_contract import INPUT_IDS, KEPT_LOGITS, LOGITS, SESSION_CONFIG, States, state_tensors
+from yunmin.runtime.onnx_contract import EMBEDDED, INPUT_IDS, KEPT_LOGITS, LOGITS, SESSION_CONFIG, States, state_tensors
 from yunmin.threads import get_threads
 
 _REFUSALS = (Fail, InvalidArgument, InvalidGraph, NotImplementedByRuntime, RuntimeException)
+_IDS_AT_ONCE = 4096
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+def embedded_rows(path: Path, config: MambaConfig) -> Tensor:
+    """What a graph makes of every id of the vocabulary (V, d).
+
+    Raises:
+        VerificationError: onnxruntime refuses it.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    graph, needed, nodes = model.graph, {EMBEDDED}, []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            nodes.append(node)
+            needed |= set(node.input)
+    made = onnx.helper.make_graph(
+        nodes[::-1],
+        "embedding",
+        [value for value in graph.input if value.name in needed],
+        [onnx.helper.make_tensor_value_info(EMBEDDED, onnx.TensorProto.FLOAT, ["batch", "sequence", config.d_model])],
+        [tensor for tensor in graph.initializer if tensor.name in needed],
+    )
+    model.graph.CopyFrom(made)
+    session = _opened(path, model)
+    rows = np.empty((config.vocab_size, config.d_model), np.float32)
+    for first in range(0, config.vocab_size, _IDS_AT_ONCE):
+        part = rows[first : first + _IDS_AT_ONCE]
+        part[:] = session.run([EMBEDDED], {INPUT_IDS: np.arange(first, first + len(part))[None]})[0][0]
+    return torch.from_numpy(rows)
+
+
+def _opened(path: Path, graph: onnx.ModelProto | None) -> onnxruntime.InferenceSession:
+    """Of `graph`, whose weights lie beside `path`, or of what is there."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = get_threads()
+    options.enable_cpu_mem_arena = False  # memory goes back at once
+    for key, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(key, value)
+    if graph is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    source = str(path) if graph is None else graph.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except _REFUSALS as error:
+        reason = f"onnx: onnxruntime refuses the graph: {first_line(error)}; nothing was written"
+        raise VerificationError(reason) from None
 
 
 class ProbeSession:
@@ -45,20 +92,7 @@ class ProbeSession:
     def __init__(self, path: Path, config: MambaConfig, states: States, exact: onnx.ModelProto | None = None) -> None:
         self.is_exact = exact is not None
         self._tensors = state_tensors(config, states)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = get_threads()
-        options.enable_cpu_mem_arena = False  # memory goes back at once
-        for key, value in SESSION_CONFIG.items():
-            options.add_session_config_entry(key, value)
-        if self.is_exact:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        source = str(path) if exact is None else exact.SerializeToString()
-        try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except _REFUSALS as error:
-            reason = f"onnx: onnxruntime refuses the graph: {first_line(error)}; nothing was written"
-            raise VerificationError(reason) from None
+        self._session = _opened(path, exact)
 
     def read(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Logits of each sequence read alone (tokens, V)."""

@@ -21,9 +21,10 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from export.onnx_graph.emit import GraphOptions
-from export.onnx_graph.probe_session import ProbeSession, first_line
+from export.onnx_graph.emit import EMBEDDING, GraphOptions
+from export.onnx_graph.probe_session import ProbeSession, embedded_rows, first_line
 from export.onnx_graph.reference import reference_network
+from export.onnx_graph.weights import GraphWeights, reference_tensor
 from export.verify import TOLERANCES, Probe, logits_as_batch, require_parity
 from yunmin.artifact import Parity
 from yunmin.checkpoint import Checkpoint, load_checkpoint
@@ -45,8 +46,9 @@ class GraphProof:
     """What was found out about a graph.
 
     Attributes:
-        parity: how far its logits lie from those of its weights, by claim: "onnx" (whole sequences) and "onnx_steps"
-            with activations as they are, and for products that round them "onnx_int8_activations", both.
+        parity: how far it lies from its weights, by claim: "onnx_embedding" (the rows of all ids); of logits, "onnx"
+            (whole sequences) and "onnx_steps" with activations as they are, and for products that round them
+            "onnx_int8_activations", both.
         change: how far rounding of weights and activations takes its logits from those of the artifact's weights, of
             the largest.
     """
@@ -83,6 +85,10 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
     rounds = _with_exact_activations(graph)
     checkpoint = load_checkpoint(artifact, quantized=True)
     config, precision, stored = checkpoint.config, options.precision, checkpoint.quantization.format
+    table = reference_tensor(GraphWeights(checkpoint, precision), precision, EMBEDDING)
+    parity = {"onnx_embedding": require_parity("onnx_embedding", embedded_rows(path, config), table)}
+    del table
+    trim_heap()
     expected = _reference_logits(checkpoint, precision, both)
     change = 0.0
     if precision not in ("fp32", stored) and not rounds:
@@ -90,7 +96,7 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
     del checkpoint  # which would stay in memory beside onnxruntime's
     trim_heap()
     session = ProbeSession(path, config, options.states, graph)
-    parity = {
+    parity |= {
         "onnx": require_parity("onnx", session.read(probe.sequences), expected[:read]),
         "onnx_steps": require_parity("onnx_steps", session.step(rows, STEPS, _LAST), expected[stepped]),
     }
@@ -101,6 +107,7 @@ def verify_graph(path: Path, artifact: Path, options: GraphOptions, probe: Probe
         rounded = _reference_logits(checkpoint, precision, both, rounds_activations=True)
         tolerance = max(TOLERANCES[_SERVED], _relative_change(rounded, expected))
         del expected
+        trim_heap()
         change = _relative_change(rounded, _reference_logits(checkpoint, "fp32", both))
         del checkpoint
         trim_heap()

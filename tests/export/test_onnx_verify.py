@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,9 @@ from onnx.reference import ReferenceEvaluator
 
 from export.cli import main as export_main
 from export.onnx_graph import matrices
+from export.onnx_graph.emit import EMBEDDING
 from export.onnx_graph.layer import LayerWriter
+from export.onnx_graph.matrices import Matrices
 from export.onnx_graph.probe_session import ProbeSession
 from export.options import Options
 from export.pipeline import export
@@ -92,6 +95,27 @@ def test_what_rounding_changes_in_a_graph_is_told(tmp_path: Path, precision: Pre
     graph = json.loads((tmp_path / "out/manifest.json").read_text())["provenance"]["onnx"]
     assert 1e-5 < graph["change"] < 1
     assert {"Scan", "If", "Squeeze"} <= graph["operators"].keys()
+
+
+def test_embedding_rows_that_no_text_reads_are_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(tied=False)
+    source = write_source(tmp_path / "source", config, tokenizer=False)
+    read = set(itertools.chain(*make_probe(None, config.n_tokens).sequences))
+    unread = max(set(range(config.vocab_size)) - read)
+    true_table = Matrices._stored_table
+
+    def changed(matrices: Matrices, name: str) -> str:
+        stored = true_table(matrices, name)
+        if name == EMBEDDING:
+            table, element_type, dims = matrices._graph.weights[stored]
+            table = table.clone()
+            table[unread] += 1e-3
+            matrices._graph.weights[stored] = (table, element_type, dims)
+        return stored
+
+    monkeypatch.setattr(Matrices, "_stored_table", changed)
+    with pytest.raises(VerificationError, match=r"^onnx_embedding"):
+        export(source, tmp_path / "out", options=Options(onnx=True))
 
 
 def test_scan_that_mixes_rows_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

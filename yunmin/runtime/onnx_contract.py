@@ -35,6 +35,7 @@ GRAPH_FILE = "model.onnx"
 INPUT_IDS = "input_ids"
 KEPT_LOGITS = "num_logits_to_keep"
 LOGITS = "logits"
+EMBEDDED = "embedded"  # the value that is made of ids alone
 FORMAT_VERSION = 2
 # ONNX Runtime makes products of DequantizeLinear and MatMul that round activations, unless told not to
 SESSION_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
