@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.machine import machine_facts
 from benchmarks.progress import say
 from yunmin.cli import parser, print_json, run
 from yunmin.errors import RequestError
+from yunmin.machine import machine_facts
 
 if TYPE_CHECKING:
     from benchmarks.contest import Contest, Plan

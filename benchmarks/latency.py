@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine_facts
 from yunmin.cli import parser, print_json, run
 from yunmin.errors import RequestError, YunminError
+from yunmin.machine import machine_facts
 
 RESULT_FILE = "latency.json"
 PLOT_FILE = "latency.png"

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.machine import available_memory_bytes, machine_facts
 from yunmin.cli import parser, print_json, run
 from yunmin.errors import RequestError
+from yunmin.machine import available_memory_bytes, machine_facts
 
 if TYPE_CHECKING:
     from benchmarks.training_steps import Size, TrainPlan

@@ -13,11 +13,11 @@ from typing import Any
 from benchmarks.adapters.remote import Failed, Remote
 from benchmarks.contestants import OURS, default_python
 from benchmarks.limits import Limits, Traffic, measure_limits
-from benchmarks.machine import machine_facts
 from benchmarks.models import describe, plain_checkpoint
 from benchmarks.progress import say
 from yunmin.checkpoint import Checkpoint
 from yunmin.errors import RequestError
+from yunmin.machine import machine_facts
 
 _LOAD_LIMIT_S = 600.0
 # name -> (kind of the server, products); transformers' backward takes time quadratic in the length

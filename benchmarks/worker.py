@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import memory_bytes
 from yunmin.artifact import is_artifact
 from yunmin.cost import cost_of
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel, load
+from yunmin.machine import memory_bytes
 from yunmin.threads import get_threads, set_threads
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.adapters.contract import Engine, Setup, engine_class, make_engine, reason
-from benchmarks.machine import memory_bytes
+from yunmin.machine import memory_bytes
 
 _WARM_STEPS = 2
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.adapters.contract import reason
-from benchmarks.machine import memory_bytes, reset_peak_memory
+from yunmin.machine import memory_bytes, reset_peak_memory
 
 Logits = Callable[[Any], Any]
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.latency import Worker, measure_models, percentile, summarize
-from benchmarks.machine import machine_facts, memory_bytes
 from benchmarks.report import comparison_row, latency_table, plot_latency, short_names, text_table
 from benchmarks.worker import describe, measure
 from tests.models import random_model, small_config, write_model
 from yunmin.cli import main
 from yunmin.errors import YunminError
 from yunmin.language_model import LanguageModel, load
+from yunmin.machine import machine_facts, memory_bytes
 from yunmin.state import MambaState
 
 
@@ -114,7 +114,7 @@ def test_machine_facts_name_the_cpu_and_the_versions() -> None:
 def test_peak_memory_of_a_child_does_not_begin_with_its_parents() -> None:
     ballast = bytearray(400_000_000)
     ballast[::4096] = bytes(len(ballast[::4096]))  # touched, hence resident
-    code = "from benchmarks.machine import memory_bytes; print(memory_bytes()[1])"
+    code = "from yunmin.machine import memory_bytes; print(memory_bytes()[1])"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert memory_bytes()[0] > len(ballast)
     assert int(child.stdout) < 200_000_000

@@ -1,0 +1,248 @@
+"""Experiments that are never done twice: a training configuration, exported and measured, kept under its own hash.
+
+A study is a list of experiments. Each has a folder named by a hash over all that its result depends on, so that a study
+can be stopped at any time: finished experiments are read, a training run that was begun goes on at its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.options import Options
+from export.pipeline import export
+from export.texts import Text
+from research.layers import layer_facts
+from research.measures import Measures, measure_artifact
+from training.checkpointing import checkpoints_of
+from training.config import RECORD_KEYS, TrainingConfig, parse_config
+from training.run import CONFIG_FILE, resume, train
+from training.trainer import TrainingResult
+from yunmin import __version__
+from yunmin.artifact import load_artifact
+from yunmin.corpus import read_documents, texts_of
+from yunmin.errors import ConfigError, YunminError
+from yunmin.files import sha256_file, write_json
+from yunmin.machine import machine_facts, memory_bytes, reset_peak_memory
+from yunmin.perplexity import token_stream
+from yunmin.quantization.layout import Format
+
+RESULT_FILE = "result.json"
+_FORMAT = 1
+_KEY_LENGTH = 16  # hexadecimal digits: a study has thousands of experiments, not billions
+_NAMES = ("run_name", "output_dir", "project_name", "checkpoint")  # where things lie changes no result
+_OBSERVED_TOKENS = 4096  # for the correlations of channels
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a training run, which will go on where it stopped."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run, exported and measured.
+
+    Attributes:
+        training: keys of `TrainingConfig` that are not to be their defaults; not where to write and what to record.
+        start: the experiment whose artifact this one starts from; None starts where `training` says.
+        quantize: how the artifact is stored.
+        label: for people; no part of the key.
+    """
+
+    training: Mapping[str, Any]
+    start: Experiment | None = None
+    quantize: Format = "none"
+    label: str = field(default="", compare=False)
+
+    def config(self) -> TrainingConfig:
+        """The configuration, validated.
+
+        Raises:
+            ConfigError: an unknown key or an impossible value, or one that a study decides itself.
+        """
+        for key in _NAMES[:-1] if self.start is None else _NAMES:
+            if key in self.training:
+                raise ConfigError(f"{key}: a study decides it, got {self.training[key]!r}")
+        return parse_config(dict(self.training), where=self.label or "experiment")
+
+
+class Laboratory:
+    """A folder of experiments, and how they are measured.
+
+    Args:
+        folder: for one folder per experiment.
+        measures: the same for all.
+        report: told what is going on.
+    """
+
+    def __init__(self, folder: Path, measures: Measures, report: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.measures, self.report = folder, measures, report
+        self._digests: dict[str, str] = {}
+
+    def key(self, experiment: Experiment) -> str:
+        """A hash over all that the result depends on: configuration, start, texts by content, measures, version."""
+        config = experiment.config()
+        values = config.model_dump(mode="json", exclude_defaults=True, exclude={*RECORD_KEYS, *_NAMES})
+        values["data"] = [self._digest(source) for source in config.data]
+        values["validation_data"] = [self._digest(source) for source in config.validation_data]
+        facts = {
+            "format": _FORMAT,
+            "yunmin": __version__,
+            "training": values,
+            "start": None if experiment.start is None else self.key(experiment.start),
+            "checkpoint": None if config.checkpoint is None else self._digest(config.checkpoint),
+            "quantize": experiment.quantize,
+            "measures": {**asdict(self.measures), "test": self._digest(self.measures.test)},
+        }
+        return hash_of(facts)
+
+    def result(self, experiment: Experiment) -> dict[str, Any] | None:
+        """What a finished experiment found; None before."""
+        return read_result(self.folder / self.key(experiment))
+
+    def run(self, experiment: Experiment, *, keep: bool = False) -> dict[str, Any]:
+        """Runs an experiment, and the one it starts from, unless they are finished.
+
+        Args:
+            experiment: to run.
+            keep: whether its artifact and newest checkpoint are kept, which others start from or measure further.
+
+        Returns:
+            What `result.json` holds.
+
+        Raises:
+            Interrupted: a signal ended it; the next call goes on.
+            YunminError: as training, export and measuring say.
+        """
+        folder = self.folder / self.key(experiment)
+        with locked(folder):
+            found = read_result(folder)
+            if found is not None and (not keep or (folder / "artifact").is_dir()):
+                return found
+            if experiment.start is not None:
+                self.run(experiment.start, keep=True)
+            return self._run(experiment, folder, keep=keep)
+
+    def artifact(self, experiment: Experiment) -> Path:
+        """Where the artifact of an experiment lies that was run with `keep`."""
+        return self.folder / self.key(experiment) / "artifact"
+
+    def checkpoint(self, experiment: Experiment) -> Path:
+        """The newest checkpoint of an experiment that was run with `keep`."""
+        return checkpoints_of(self.folder / self.key(experiment) / "run")[-1]
+
+    def remember(self, facts: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a measurement found that these facts describe; measured only if it is not known yet."""
+        folder = self.folder / hash_of({"format": _FORMAT, "yunmin": __version__, **facts})
+        with locked(folder):
+            found = read_result(folder)
+            if found is None:
+                found = measure()
+                write_json(folder / RESULT_FILE, found)
+            return found
+
+    def _run(self, experiment: Experiment, folder: Path, *, keep: bool) -> dict[str, Any]:
+        trained, seconds, memory = self._train(experiment, folder)
+        begun = time.perf_counter()
+        shutil.rmtree(folder / "artifact", ignore_errors=True)
+        options = Options(data=self.measures.test, quantize=experiment.quantize)
+        export(trained.run, folder / "artifact", options=options)
+        exported = time.perf_counter()
+        self.report(f"{experiment.label}: measuring")
+        measured = measure_artifact(folder / "artifact", self.measures)
+        layers = layer_facts(trained.run, self._observed(folder / "artifact").sequences())
+        result = {
+            "format": _FORMAT,
+            "key": folder.name,
+            "label": experiment.label,
+            "training": experiment.config().model_dump(mode="json"),
+            "start": None if experiment.start is None else self.key(experiment.start),
+            "quantize": experiment.quantize,
+            "validation_perplexity": trained.validations,
+            **measured,
+            "trainable_parameters": trained.trainable_parameters,
+            "adapted_parameters": list(trained.trainable_parameters.values())[-1],
+            "training_memory_bytes": memory,
+            "layers": layers,
+            "seconds": {"train": seconds, "export": exported - begun, "measure": time.perf_counter() - exported},
+            "machine": machine_facts(),
+        }
+        if not keep:
+            shutil.rmtree(folder / "artifact")
+            for checkpoint in checkpoints_of(trained.run):
+                shutil.rmtree(checkpoint)
+        write_json(folder / RESULT_FILE, result)
+        return result
+
+    def _train(self, experiment: Experiment, folder: Path) -> tuple[TrainingResult, float, int]:
+        """Trains, or goes on; the seconds and the peak of memory are of this call."""
+        self.report(f"{experiment.label}: training")
+        with (folder / "train.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
+            return self._train_logged(experiment, folder)
+
+    def _train_logged(self, experiment: Experiment, folder: Path) -> tuple[TrainingResult, float, int]:
+        run = folder / "run"
+        before, _ = memory_bytes()
+        reset_peak_memory()
+        begun = time.perf_counter()
+        if (run / CONFIG_FILE).is_file() and checkpoints_of(run):
+            trained = resume(run)
+        else:
+            shutil.rmtree(run, ignore_errors=True)
+            own = {"output_dir": str(folder), "run_name": run.name, "keep_checkpoints": 1, "tensorboard": False}
+            if experiment.start is not None:
+                own["checkpoint"] = str(self.artifact(experiment.start))
+            trained = train(parse_config({**own, **experiment.training}, where=experiment.label))
+        if trained.interrupted:
+            raise Interrupted(f"{experiment.label} stopped after step {trained.steps} of {trained.total_steps}")
+        return trained, time.perf_counter() - begun, memory_bytes()[1] - before
+
+    def _observed(self, artifact: Path) -> Text:
+        checkpoint, _ = load_artifact(artifact)
+        if checkpoint.tokenizer is None:
+            raise YunminError(f"{artifact}: a study needs a tokenizer to read {self.measures.test} with")
+        texts = texts_of(read_documents(self.measures.test))
+        ids, _ = token_stream(checkpoint.tokenizer, texts, _OBSERVED_TOKENS)
+        return Text(torch.tensor(ids), self.measures.test)
+
+    def _digest(self, source: str) -> str:
+        """What a source holds, by content where it is a file or a folder."""
+        if source not in self._digests:
+            path = Path(source)
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            there = [f"{p.relative_to(path)} {sha256_file(p)}" for p in files if p.is_file()]
+            self._digests[source] = hash_of(there) if there else source
+        return self._digests[source]
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result in an experiment's folder, or None."""
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def hash_of(facts: Any) -> str:
+    """The first digits of SHA-256 over facts as JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_LENGTH]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it, no other process works in a folder, which is made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
