@@ -59,11 +59,12 @@ def split_text(
         random.Random(_SEED).shuffle(part)  # noqa: S311 (no secret)
         if not part:
             raise DataError(f"{split.source}: {len(documents)} documents leave none for {path.stem}")
-        _write(path, part)
+        write_documents(path, part)
     return split
 
 
-def _write(path: Path, documents: Sequence[Document]) -> None:
+def write_documents(path: Path, documents: Sequence[Document]) -> None:
+    """Writes documents as JSON lines that `read_documents` reads back, the file whole or not at all."""
     with atomic_file(path) as aside, aside.open("w", encoding="utf-8") as file:
         for document in documents:
             record = {"prompt": document.prompt, "completion": document.text} if document.prompt else None
