@@ -1,0 +1,182 @@
+"""What a study says, in sentences computed from its results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from research.ablation.claims import Claim, check_claims
+from research.ablation.comparisons import Comparison, Kind, compare
+from research.ablation.efficiency import (
+    MAIN_COST,
+    Configuration,
+    best,
+    cheapest_within,
+    chosen_on,
+    configurations,
+)
+from research.ablation.outcome import COSTS, MEASURES, Outcome, read_outcomes
+from research.ablation.statistics import LEVEL
+from research.ablation.words import change, count, interval, listed, number, p_value, percent
+
+TOLERATED = 0.05  # rise of perplexity at which the cheapest configuration is looked for
+_KINDS: dict[Kind, tuple[str, str]] = {
+    "baseline": ("Against the baseline", "comparison of a combination with the baseline"),
+    "all": ("All three pillars against fewer", "comparison of all three pillars with fewer"),
+    "pillar": ("Each pillar over all combinations of the others", "main effect of a pillar"),
+    "interaction": ("Pillars together against their sum", "interaction of pillars"),
+    "setting": ("Settings of the grid", "effect of a setting"),
+}
+
+
+@dataclass(frozen=True)
+class Conclusions:
+    """A study, read.
+
+    Attributes:
+        outcomes: its finished experiments.
+        failed: (name, reason) of those that cannot be compared.
+        comparisons: with corrected p-values.
+        found: configurations, over seeds.
+        best: the configuration with the highest score; None where nothing is scored.
+        claims: the classic ones, checked.
+        sentences: what all this says, the most important first.
+    """
+
+    outcomes: list[Outcome]
+    failed: list[tuple[str, str]]
+    comparisons: list[Comparison]
+    found: list[Configuration]
+    best: Configuration | None
+    claims: list[Claim]
+    sentences: list[str]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({outcome.seed for outcome in self.outcomes})
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        tested = [c for c in self.comparisons if c.p_holm is not None]
+        return {
+            "sentences": self.sentences,
+            "significance_level": LEVEL,
+            "correction": "Holm",
+            "tests": len(tested),
+            "comparisons": [comparison.describe() for comparison in self.comparisons],
+            "best": None if self.best is None else _described(self.best),
+            "best_chosen_on": chosen_on(self.found),
+            "configurations": [_described(configuration) for configuration in self.found],
+            "claims": [vars(claim) for claim in self.claims],
+            "not_compared": [{"experiment": name, "reason": reason} for name, reason in self.failed],
+        }
+
+
+def conclude(results: Sequence[dict[str, Any]]) -> Conclusions:
+    """Reads, compares and sums up the results of a study."""
+    outcomes, failed = read_outcomes(results)
+    comparisons, found = compare(outcomes), configurations(outcomes)
+    claims = check_claims(outcomes)
+    sentences = [
+        *_significance(outcomes, comparisons),
+        *_best_points(found),
+        *(f"Claimed: {claim.text} – {claim.verdict}: {claim.found}." for claim in claims),
+    ]
+    if not outcomes:
+        sentences = ["No experiment finished, so there is nothing to conclude."]
+    return Conclusions(outcomes, failed, comparisons, found, best(found), claims, sentences)
+
+
+def _significance(outcomes: Sequence[Outcome], comparisons: Sequence[Comparison]) -> list[str]:
+    tested = [comparison for comparison in comparisons if comparison.p_holm is not None]
+    seeds = count(len({outcome.seed for outcome in outcomes}), "seed")
+    if not tested:
+        reason = f"a test needs experiments that differ in their seed, and there is {seeds}"
+        return [f"Nothing is tested: {reason}. The differences below may be chance."]
+    significant = [comparison for comparison in tested if comparison.is_significant]
+    if significant:
+        first = f"{len(significant)} of {count(len(tested), 'test')} are significant"
+    else:
+        first = f"Nothing is significant: none of {count(len(tested), 'test')} is"
+    first += f" at {100 * LEVEL:.0f} % after Holm's correction for their number ({seeds})."
+    sentences = [first]
+    for kind in _KINDS:
+        for measure in MEASURES:
+            these = [c for c in tested if c.kind == kind and c.measure == measure]
+            if these:
+                sentences.append(_family(kind, measure, these))
+    return sentences
+
+
+def _family(kind: Kind, measure: str, tested: Sequence[Comparison]) -> str:
+    """One sentence on the tests of a kind."""
+    title, noun = _KINDS[kind]
+    significant = [comparison for comparison in tested if comparison.is_significant]
+    if not significant:
+        smallest = min(tested, key=lambda c: c.p_holm or 0.0)
+        halves = [(c.interval[1] - c.interval[0]) / 2 for c in tested if c.interval is not None]
+        half = percent(statistics.median(halves))
+        return (
+            f"{title}, {measure} perplexity: no significant {noun}; smallest corrected p {p_value(smallest.p_holm)} "
+            f"({_short(smallest)}, {change(smallest.change)}). Half an interval is {half} at the median: smaller "
+            "effects would hardly be seen."
+        )
+    effects = [f"{_short(c)} {change(c.change)} {interval(c.interval)}, p {p_value(c.p_holm)}" for c in significant]
+    others = [_short(comparison) for comparison in tested if not comparison.is_significant]
+    rest = f"; not significant: {', '.join(others)}" if others else ""
+    return f"{title}, {measure} perplexity changes significantly: {'; '.join(effects)}{rest}."
+
+
+def _short(comparison: Comparison) -> str:
+    """What a comparison is about, where its kind is known."""
+    if comparison.kind in ("baseline", "all"):
+        return comparison.name.removesuffix(" against baseline").removeprefix("all against ")
+    return comparison.name
+
+
+def _best_points(found: Sequence[Configuration]) -> list[str]:
+    sentences = []
+    top = best(found)
+    on_front = [c for c in found if MAIN_COST in c.fronts]
+    baseline = next((c for c in found if c.combination == "baseline"), None)
+    if top is not None:
+        is_or_not = "is" if top in on_front else "is not"
+        sentences.append(
+            f"The best Pareto point by the score, chosen on the {chosen_on(found)}, is {top.name}: "
+            f"{_against(top, baseline)}; score {number(top.score)} (baseline 1). On the test text it {is_or_not} one "
+            f"of the {len(on_front)} of {count(len(found), 'configuration')} on the front of perplexity, FLOPs and "
+            "trainable parameters."
+        )
+    lowest = min(found, key=lambda c: c.perplexity[MEASURES[0]], default=None)
+    if lowest is not None and len(found) > 1:
+        sentences.append(f"The lowest perplexity has {lowest.name}: {_against(lowest, baseline)}.")
+    cheap = cheapest_within(found, TOLERATED)
+    if cheap is not None:
+        sentences.append(
+            f"Fewest FLOPs at a perplexity at most {100 * TOLERATED:.0f} % above the baseline's on the "
+            f"{chosen_on(found)}: {cheap.name}, {_against(cheap, baseline)}."
+        )
+    return sentences
+
+
+def _against(configuration: Configuration, baseline: Configuration | None) -> str:
+    """Perplexity and costs, with their changes against the baseline."""
+    perplexity = configuration.perplexity[MEASURES[0]]
+    words = [f"perplexity {perplexity:.2f}"]
+    if baseline is None or configuration is baseline:
+        return words[0]
+    words[0] += f" ({change(perplexity / baseline.perplexity[MEASURES[0]] - 1)} against the baseline)"
+    is_timed = configuration.costs.get(MAIN_COST) != baseline.costs.get(MAIN_COST)  # else the clock's chance alone
+    for key in (MAIN_COST, "weight_bytes", *(["decode_ms"] if is_timed else [])):
+        if key in configuration.costs and baseline.costs.get(key):
+            label = COSTS[key].label.split(",")[0]
+            words.append(f"{label} {change(configuration.costs[key] / baseline.costs[key] - 1)}")
+    if configuration.trainable is not None and baseline.trainable:
+        words.append(f"trainable parameters {change(configuration.trainable / baseline.trainable - 1)}")
+    return listed(words)
+
+
+def _described(configuration: Configuration) -> dict[str, Any]:
+    return {"name": configuration.name, **vars(configuration)}
