@@ -6,13 +6,38 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from yunmin.errors import DataError
-from yunmin.tokenizer import Tokenizer
+
+
+class Places(Protocol):
+    """Where each token of a text begins and ends, in characters."""
+
+    def __getitem__(self, index: int, /) -> tuple[int, int]: ...
+
+
+class Encoding(Protocol):
+    """Token ids of a text, and their places in it."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def offsets(self) -> Places: ...
+
+
+class Encoder(Protocol):
+    """What turns text into token ids: a `yunmin.tokenizer.Tokenizer`, or one that somebody else has."""
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    def encoding(self, text: str) -> Encoding: ...
 
 
 @dataclass(frozen=True)
@@ -60,17 +85,9 @@ def perplexity(
         DataError: fewer than two tokens, or a stride outside 1..window.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64)
-    if ids.numel() < 2:
-        raise DataError(f"perplexity needs at least 2 tokens, got {ids.numel()}")
-    if not 1 <= stride <= window:
-        raise DataError(f"stride must lie in 1..window={window}, got {stride}")
+    spans = windows(ids.numel(), window, stride)
     inputs, targets = ids[:-1], ids[1:]
     total = inputs.numel()
-    # each window: where it begins, and from which target on it scores
-    spans = [(0, min(window, total), 0)]
-    while spans[-1][1] < total:
-        end = min(spans[-1][1] + stride, total)
-        spans.append((max(0, end - window), end, spans[-1][1]))
     by_length: dict[int, list[tuple[int, int, int]]] = {}
     for span in spans:
         by_length.setdefault(span[1] - span[0], []).append(span)
@@ -89,7 +106,33 @@ def perplexity(
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, mean, total, window, stride)
 
 
-def token_stream(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int | None) -> tuple[list[int], list[str]]:
+def windows(n_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows that together score each token but the first exactly once.
+
+    Args:
+        n_tokens: in all.
+        window: tokens read at once.
+        stride: tokens scored per window but the first, which scores all that it reads.
+
+    Returns:
+        For each window where its input begins and ends, and from where on its inputs' successors are scored.
+
+    Raises:
+        DataError: fewer than two tokens, or a stride outside 1..window.
+    """
+    if n_tokens < 2:
+        raise DataError(f"perplexity needs at least 2 tokens, got {n_tokens}")
+    if not 1 <= stride <= window:
+        raise DataError(f"stride must lie in 1..window={window}, got {stride}")
+    total = n_tokens - 1
+    spans = [(0, min(window, total), 0)]
+    while spans[-1][1] < total:
+        end = min(spans[-1][1] + stride, total)
+        spans.append((max(0, end - window), end, spans[-1][1]))
+    return spans
+
+
+def token_stream(tokenizer: Encoder, texts: Sequence[str], max_tokens: int | None) -> tuple[list[int], list[str]]:
     """Ids of which all but the first are scored, and the pieces of text that the scored ones spell.
 
     Args:
@@ -105,7 +148,7 @@ def token_stream(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int | N
         token_ids += separator
         if len(token_ids) >= room:
             break
-        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+        encoding = tokenizer.encoding(text)
         taken = encoding.ids[: room - len(token_ids)]
         if not taken:
             continue

@@ -180,6 +180,7 @@ SCHEMAS: dict[str, Any] = {
             "state_bytes": _INTEGER | {"description": "of one sequence, whatever its length"},
             "has_tokenizer": {"type": "boolean"},
             "has_chat_template": {"type": "boolean"},
+            "end_of_text_id": _or_null(_INTEGER),
         }
     ),
     "ModelList": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),

@@ -36,7 +36,7 @@ def check_model(name: str | None, backend: Backend) -> None:
 
 
 def _model_record(backend: Backend) -> dict[str, Any]:
-    config, settings = backend.model.config, backend.settings
+    config, settings, tokenizer = backend.model.config, backend.settings, backend.model.tokenizer
     return {
         "id": settings.served_name,
         "object": "model",
@@ -48,6 +48,7 @@ def _model_record(backend: Backend) -> dict[str, Any]:
         "n_layers": config.n_layers,
         "vocabulary": config.n_tokens,
         "state_bytes": backend.model.runtime.new_state(1).nbytes,  # of a sequence, whatever its length
-        "has_tokenizer": backend.model.tokenizer is not None,
+        "has_tokenizer": tokenizer is not None,
+        "end_of_text_id": None if tokenizer is None else tokenizer.eos_id,  # what goes before a text
         "has_chat_template": backend.template is not None,
     }

@@ -1,0 +1,1 @@
+"""Metrics of texts and programs, and how sure one may be of their means."""
