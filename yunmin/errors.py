@@ -43,6 +43,10 @@ class VerificationError(YunminError):
     """An export does not compute what the trained model computes."""
 
 
+class SandboxError(YunminError):
+    """Programs that a model wrote cannot be confined on this system, and so are not run."""
+
+
 class RequestError(YunminError):
     """A generation request has an impossible value.
 

@@ -1,0 +1,104 @@
+"""Plain data as JSON text: what passes between a program and its tests.
+
+Unlike pickle's and marshal's, no such text can do anything in the process that reads it but give such values. Values
+of subclasses arrive as the plain class: a dictionary that counts is a dictionary, and a number that claims to equal
+everything is just its number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+_JSON_INTEGERS = 2**63  # larger ones travel as hexadecimal digits, whose number Python does not limit
+
+
+class NotPlainError(TypeError):
+    """A value is no plain data, for example a function, an iterator or an object of a class of one's own."""
+
+
+def dumps(value: Any) -> str:
+    """One line of JSON.
+
+    Raises:
+        NotPlainError: the value, or one within it, is not plain data.
+        RecursionError: it is nested too deeply, or contains itself.
+    """
+    return json.dumps(_pack(value))
+
+
+def loads(text: str) -> Any:
+    """The value of a line that `dumps` made.
+
+    Raises:
+        ValueError: it is no such line.
+        RecursionError: it is nested too deeply.
+    """
+    try:
+        return _unpack(json.loads(text))
+    except (ValueError, RecursionError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a hostile program wrote it, and it can be wrong in any way
+        raise ValueError(f"no plain data: {error!r}") from None
+
+
+def _pack(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, pack in _PACK.items():
+        if isinstance(value, kind):
+            return pack(value)
+    raise NotPlainError(f"{type(value).__name__} is no plain data")
+
+
+def _pack_integer(value: int) -> Any:
+    number = int(value)
+    return number if -_JSON_INTEGERS < number < _JSON_INTEGERS else {"int": hex(number)}
+
+
+def _pack_all(values: Iterable[Any]) -> list[Any]:
+    return [_pack(value) for value in values]
+
+
+def _unpack(packed: Any) -> Any:
+    if isinstance(packed, list):
+        return [_unpack(item) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    return _UNPACK[kind](content)
+
+
+_PACK: dict[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    int: _pack_integer,
+    float: float,
+    list: _pack_all,
+    tuple: lambda value: {"tuple": _pack_all(value)},
+    set: lambda value: {"set": _pack_all(value)},
+    frozenset: lambda value: {"frozenset": _pack_all(value)},
+    dict: lambda value: {"dict": [_pack_all(pair) for pair in value.items()]},
+    type({}.keys()): lambda value: {"set": _pack_all(value)},
+    bytes: lambda value: {"bytes": value.hex()},
+    bytearray: lambda value: {"bytearray": value.hex()},
+    complex: lambda value: {"complex": [value.real, value.imag]},
+    range: lambda value: {"range": _pack_all((value.start, value.stop, value.step))},
+    Decimal: lambda value: {"Decimal": Decimal.__str__(value)},
+    Fraction: lambda value: {"Fraction": _pack_all((value.numerator, value.denominator))},
+}
+_UNPACK: dict[str, Callable[[Any], Any]] = {
+    "int": lambda content: int(content, 16),
+    "tuple": lambda content: tuple(_unpack(content)),
+    "set": lambda content: set(_unpack(content)),
+    "frozenset": lambda content: frozenset(_unpack(content)),
+    "dict": lambda content: {_unpack(key): _unpack(item) for key, item in content},
+    "bytes": bytes.fromhex,
+    "bytearray": bytearray.fromhex,
+    "complex": lambda content: complex(*content),
+    "range": lambda content: range(*_unpack(content)),
+    "Decimal": Decimal,
+    "Fraction": lambda content: Fraction(*_unpack(content)),
+}
