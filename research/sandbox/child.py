@@ -23,7 +23,8 @@ def main() -> None:
     with open(0, encoding="utf-8") as file:
         job = json.load(file)
     os.open(os.devnull, os.O_RDWR)  # takes the number 0
-    role: Callable[..., None] = {"program": _program, "tests": _tests, "probe": _probe}[job["role"]]
+    roles: dict[str, Callable[..., None]] = {"program": _program, "tests": _tests, "probe": _probe}
+    role = roles[job["role"]]
     if role is _probe:
         import research.sandbox.probe  # noqa: F401 - its file cannot be read any more once this is confined
     pipes = [os.fdopen(pipe, mode, encoding="utf-8", newline="\n") for pipe, mode in job["pipes"]]
