@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
 
 from training.config import TrainingConfig
+from yunmin.errors import ConfigError
 from yunmin.files import write_safetensors
 from yunmin.model import MambaLM
 from yunmin.trained import adapter_host
@@ -28,23 +29,68 @@ def allocate(scores: Mapping[str, float], config: TrainingConfig, masked: Collec
     """Ranks projections and shares out the adapters.
 
     The most important projections that may have LoRA get it, up to `lora_share` of all; of the rest the most important
-    get IA3, up to `ia3_share` of all. A masked projection never gets LoRA, whose merge would revive cut weights.
+    get IA3, up to `ia3_share` of all. A masked projection never gets LoRA, whose merge would revive cut weights. With
+    uniform allocation all that may have LoRA get it, and none IA3.
 
     Args:
-        scores: importance by module name.
+        scores: importance by module name, or what stands in for it.
         config: the shares and targets.
         masked: modules with a weight mask.
     """
     ranked = sorted(scores, key=lambda name: (-scores[name], name))
     may_have_lora = [n for n in ranked if n.rpartition(".")[2] in config.lora_targets and n not in masked]
-    lora = set(may_have_lora[: round(config.lora_share * len(ranked))])
+    lora_share, ia3_share = config.lora_share, config.ia3_share if config.enable_ia3 else 0.0
+    if config.allocation == "uniform":
+        lora_share, ia3_share = 1.0, 0.0
+    lora = set(may_have_lora[: round(lora_share * len(ranked))])
     rest = [name for name in ranked if name not in lora]
-    ia3 = set(rest[: round(config.ia3_share * len(ranked))]) if config.enable_ia3 else set()
+    ia3 = set(rest[: round(ia3_share * len(ranked))])
     return Allocation(
         tuple(n for n in ranked if n in lora),
         tuple(n for n in ranked if n in ia3),
         tuple(n for n in ranked if n not in lora and n not in ia3),
     )
+
+
+def ranks_within(
+    sizes: Mapping[str, tuple[int, int]], allocation: Allocation, config: TrainingConfig
+) -> dict[str, int]:
+    """The rank of LoRA on each projection: `peft_r`, or the largest with which all adapters fit `adapter_parameters`.
+
+    Within a budget, ranks differ by at most one, the most important projections having the larger one; but none exceeds
+    the smaller side of its projection, beyond which LoRA gains nothing.
+
+    Args:
+        sizes: inputs and outputs by module name.
+        allocation: where adapters go; LoRA's most important first.
+        config: gives rank or budget.
+
+    Raises:
+        ConfigError: the budget is less than IA3 and LoRA of rank 1 take.
+    """
+    ranks = dict.fromkeys(allocation.lora, config.peft_r)
+    if config.adapter_parameters is None:
+        return ranks
+    ia3 = sum(sizes[name][1] for name in allocation.ia3)
+    least = ia3 + sum(sum(sizes[name]) for name in allocation.lora)
+    if config.adapter_parameters < least:
+        raise ConfigError(
+            f"adapter_parameters: {config.adapter_parameters} is less than the {least} that IA3 on "
+            f"{len(allocation.ia3)} and LoRA of rank 1 on {len(allocation.lora)} projections take"
+        )
+    left = config.adapter_parameters - ia3
+    ranks = dict.fromkeys(allocation.lora, 0)
+    growing = list(allocation.lora)
+    while growing:
+        grown = []
+        for name in growing:
+            if sum(sizes[name]) <= left:
+                ranks[name], left = ranks[name] + 1, left - sum(sizes[name])
+                grown.append(name)
+        if len(grown) < len(growing):
+            break
+        growing = [name for name in grown if ranks[name] < min(sizes[name])]
+    return ranks
 
 
 def inject_adapters(
@@ -57,17 +103,26 @@ def inject_adapters(
     Args:
         model: gets the adapters.
         allocation: where.
-        config: rank, alpha and dropout.
+        config: rank or budget, alpha and dropout.
         generator: of LoRA's initial values.
 
     Returns:
         The configurations by adapter name.
+
+    Raises:
+        ConfigError: the budget is too small.
     """
     configs: dict[str, PeftConfig] = {}
     if allocation.lora:
+        ranks = ranks_within(_sizes(model, (*allocation.lora, *allocation.ia3)), allocation, config)
+        rank = min(ranks.values())
+        larger = {name: r for name, r in ranks.items() if r > rank}
+        scale = config.peft_alpha / config.peft_r  # the same, whatever the ranks are
         configs["lora"] = LoraConfig(
-            r=config.peft_r,
-            lora_alpha=config.peft_alpha,
+            r=rank,
+            lora_alpha=config.peft_alpha if rank == config.peft_r else scale * rank,
+            rank_pattern=larger,
+            alpha_pattern={name: scale * r for name, r in larger.items()},
             lora_dropout=config.peft_dropout,
             target_modules=list(allocation.lora),
             task_type="CAUSAL_LM",
@@ -80,6 +135,12 @@ def inject_adapters(
         for name, peft_config in configs.items():
             inject_adapter_in_model(peft_config, adapter_host(model), adapter_name=name)
     return configs
+
+
+def _sizes(model: MambaLM, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of projections, by module name."""
+    shapes = ((name, model.get_parameter(f"{name}.weight").shape) for name in names)
+    return {name: (shape[1], shape[0]) for name, shape in shapes}
 
 
 def save_adapters(model: MambaLM, configs: Mapping[str, PeftConfig], folder: Path) -> None:

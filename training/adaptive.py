@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
 from training.observation import ScanOrders
 from training.phases import Phase
+from training.ranking import Ranking
 from training.sparsity import masking_statistics
 from yunmin.axes import PROJECTIONS, layer_prefix
 from yunmin.errors import ConfigError, TrainingError
@@ -48,7 +49,7 @@ class AdaptiveModel:
         self.config = config
         self.phase = Phase.DENSE
         self._generator = generator
-        self._gating: Gating | None = None
+        self._gating: Gating | Ranking | None = None
         self._fixed = Pillars.identity(model.config)  # gates and masks in force outside the gate phase
         self._adapters: dict[str, PeftConfig] = {}
         self._probe = ImportanceProbe(
@@ -64,26 +65,37 @@ class AdaptiveModel:
 
     # --- phases ---------------------------------------------------------------------------------------------------
 
-    def enter(self, phase: Phase) -> list[str]:
-        """Begins a phase; returns lines for the log."""
-        lines: list[str] = []
-        if phase is not Phase.DENSE and not (self._gating is not None and self._gating.block > 1):
-            # blocks that were learned must not change their members at the last moment
-            lines += self._order_changed(self._scans.solve())
+    def enter(self, phase: Phase, losses: Iterable[Tensor] = ()) -> list[str]:
+        """Begins a phase.
+
+        Args:
+            phase: the new one.
+            losses: of batches to measure importance with before the adapters are allotted; each is computed when asked
+                for. None where it was measured before.
+
+        Returns:
+            Lines for the log.
+        """
+        lines = self._solve_order() if phase is not Phase.DENSE else []
         self.phase = phase
         match phase:
             case Phase.GATES:
-                self._gating = Gating(self.model, self.config, self.scan_order)
+                self._gating = self._new_gating()
                 self._rebuild_probe()
             case Phase.RECOVER | Phase.ADAPTERS:
-                self._scans.close()
                 lines += self._fix_gates()
-                lines += self._add_adapters() if phase is Phase.ADAPTERS else []
+                lines += self._add_adapters(losses) if phase is Phase.ADAPTERS else []
             case _:
                 pass
         self._scans.observe(wanted=True)
         self._watch = GradientWatch(self.model, phase)
+        for parameter in self.model.parameters():
+            parameter.grad = None  # what trains no longer keeps no memory for it
         return lines
+
+    def finish(self) -> list[str]:
+        """Ends a run whose last phase is that of the gates, which become exact; returns lines for the log."""
+        return self._solve_order() + self._fix_gates()
 
     def restore(self, phase: Phase, pillars: Pillars, checkpoint_folder: Path) -> None:
         """Takes up a phase where a checkpoint left it, instead of `enter`."""
@@ -93,7 +105,7 @@ class AdaptiveModel:
             self._scans.close()
         self._scans.load_tensors(saved)
         if phase is Phase.GATES:
-            self._gating = Gating(self.model, self.config, self.scan_order)
+            self._gating = self._new_gating()
             self._gating.load_tensors(saved)
             self._rebuild_probe()
         else:
@@ -133,7 +145,9 @@ class AdaptiveModel:
         if self._gating is not None:
             self._gating.sample(progress, self._generator)
         probed_phase = Phase.GATES if self.config.enable_masking else Phase.DENSE
-        if self.config.enable_peft and self.phase is probed_phase and progress >= _PROBED_FROM:
+        config = self.config
+        is_read = config.enable_peft and config.allocation == "importance" and config.importance_steps is None
+        if is_read and self.phase is probed_phase and progress >= _PROBED_FROM:
             self._probe.attach()
         else:
             self._probe.detach()
@@ -201,9 +215,8 @@ class AdaptiveModel:
         if self._gating is not None:
             channels, states, masks = self._gating.current()
             training |= self._gating.tensors()
-            training["temperature"] = torch.tensor(self._gating.temperature)
-        elif "temperature" in self._fixed.training:  # what masking ended with stays on record
-            kept = ("logits.", "multipliers.", "temperature")
+        else:  # what masking ended with stays on record
+            kept = ("logits.", "multipliers.", "ranking.", "temperature")
             training |= {n: t for n, t in self._fixed.training.items() if n.startswith(kept)}
         training |= self._scans.tensors()
         return Pillars(channels, states, self.scan_order, masks, training)
@@ -226,11 +239,22 @@ class AdaptiveModel:
             self._gating.regroup(self.scan_order)
         return [f"scan order updated in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"]
 
+    def _solve_order(self) -> list[str]:
+        if self._gating is not None and self._gating.block > 1:
+            return []  # blocks that were learned must not change their members at the last moment
+        return self._order_changed(self._scans.solve())
+
+    def _new_gating(self) -> Gating | Ranking:
+        if self.config.gate_ranking == "learned":
+            return Gating(self.model, self.config, self.scan_order)
+        return Ranking(self.model, self.config, self._generator)
+
     def _fix_gates(self) -> list[str]:
-        """Ends the gate phase: exact widths, fixed gates and masks."""
+        """Ends the gate phase: exact widths, fixed gates and masks; orders stay as they are from here on."""
+        self._scans.close()
         if self._gating is None:
             return []
-        training = self._gating.tensors() | {"temperature": torch.tensor(self._gating.temperature)}
+        training = self._gating.tensors()
         channels, states, masks = self._gating.freeze(self.scan_order)
         self._gating = None
         self._fixed = Pillars(channels, states, self.scan_order, masks, training)
@@ -248,8 +272,10 @@ class AdaptiveModel:
         self._probe = ImportanceProbe({name: self.model.get_submodule(name) for name in self._probe.projections})
         self._probe.scores, self._probe.steps = scores, steps
 
-    def _add_adapters(self) -> list[str]:
+    def _add_adapters(self, losses: Iterable[Tensor]) -> list[str]:
         self._probe.detach()
+        self._train_only_adapters()
+        self._measure_importance(losses)
         scores = self._importance()
         masked = {name.removesuffix(".weight") for name in self._fixed.weight_masks}
         allocation = allocate(scores, self.config, masked)
@@ -258,8 +284,22 @@ class AdaptiveModel:
         self._train_only_adapters()
         return _describe(allocation, scores, self.config)
 
+    def _measure_importance(self, losses: Iterable[Tensor]) -> None:
+        """Measures with all weights frozen, as they are."""
+        self._rebuild_probe()
+        self._probe.attach()
+        for loss in losses:
+            loss.backward()
+            self._probe.collect()
+        self._probe.detach()
+
     def _importance(self) -> dict[str, float]:
-        """Score of each projection by the configured measure."""
+        """Score of each projection by the configured measure, or what stands in for it."""
+        names = list(self._probe.projections)
+        if self.config.allocation == "uniform":
+            return dict.fromkeys(names, 0.0)
+        if self.config.allocation == "random":
+            return dict(zip(names, torch.rand(len(names), generator=self._generator).tolist(), strict=True))
         if self.config.importance == "gradient":
             if self._probe.steps == 0:
                 raise TrainingError("importance was never measured: the phase before the adapters is too short")

@@ -16,6 +16,12 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 ARCHITECTURE_KEYS = ("d_model", "n_layers", "vocab_size", "expand", "d_state", "d_conv")  # a checkpoint decides them
+# the literature's: Galim et al. 2024 (arXiv 2410.09016) divide a Mamba into linear projections and the S6 module
+PROJECTION_GROUPS = {
+    "linear": ("in_proj", "out_proj"),
+    "s6": ("x_proj", "dt_proj"),
+    "all": ("in_proj", "x_proj", "dt_proj", "out_proj"),
+}
 RECORD_KEYS = (
     "log_interval",
     "validation_interval",
@@ -100,6 +106,9 @@ class TrainingConfig(BaseModel):
     target_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.3, description="share of inner channels to cut")
     target_state_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of states to cut")
     sparsity_unit: Literal["parameters", "flops", "bytes"] = Field("parameters", description="what sparsity counts")
+    gate_ranking: Literal["learned", "magnitude", "activation", "random"] = Field(
+        "learned", description="what decides which channels and states are kept; all but learned cut without gates"
+    )
     channel_gates: Literal["channel", "block"] = Field("channel", description="a gate for each channel or block")
     gate_block_size: Count = Field(16, description="channels, neighbours in scan order, that share a block gate")
     gate_estimator: Literal["gumbel_sigmoid", "hard_concrete"] = Field("gumbel_sigmoid", description="how gates draw")
@@ -125,13 +134,24 @@ class TrainingConfig(BaseModel):
     peft_r: Count = Field(16, description="rank of LoRA")
     peft_alpha: Annotated[float, Field(gt=0.0)] = Field(32, description="scale of LoRA, over its rank")
     peft_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.1, description="before LoRA")
+    adapter_parameters: Count | None = Field(
+        None, description="most trainable numbers of all adapters; LoRA's rank follows; none takes peft_r"
+    )
+    allocation: Literal["importance", "uniform", "random"] = Field(
+        "importance", description="who gets what; uniform is LoRA on all lora_targets, random ranks by lot"
+    )
     lora_share: Share = Field(0.4, description="share of projections, the most important ones, that get LoRA")
     ia3_share: Share = Field(0.4, description="share of projections, the next ones, that get IA3")
     lora_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = Field(
-        ("in_proj", "x_proj", "dt_proj"), description="projections that may get LoRA"
+        ("in_proj", "x_proj", "dt_proj"),
+        description="projections that may get LoRA; linear: in_proj, out_proj; s6: x_proj, dt_proj; all",
     )
     importance: Literal["gradient", "probability", "magnitude"] = Field(
         "gradient", description="what ranks projections"
+    )
+    importance_steps: Count | None = Field(
+        None,
+        description="batches, before adapters, that measure importance with frozen weights; none: earlier phases do",
     )
 
     # records
@@ -146,10 +166,19 @@ class TrainingConfig(BaseModel):
     tensorboard: bool = Field(True, description="write events for TensorBoard")
     wandb: bool = Field(False, description="log to Weights & Biases; WANDB_MODE is respected")
 
-    @field_validator("data", "validation_data", "mask_targets", "lora_targets", mode="before")
+    @field_validator("data", "validation_data", "mask_targets", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _groups(cls, value: Any) -> Any:
+        """Replaces groups of projections by their members."""
+        names = (value,) if isinstance(value, str) else value
+        if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+            return value
+        return tuple(dict.fromkeys(member for name in names for member in PROJECTION_GROUPS.get(name, (name,))))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -161,8 +190,15 @@ class TrainingConfig(BaseModel):
             raise ValueError(f"mask_n must be below mask_m, got {self.mask_n} of {self.mask_m}")
         if self.masking_tau > self.masking_initial_tau:
             raise ValueError("masking_tau must be at most masking_initial_tau: the temperature only falls")
-        if self.enable_peft and not self.enable_masking and self.dense_share == 0:
-            raise ValueError("enable_peft without enable_masking needs dense_share > 0 to measure importance in")
+        if self.importance != "gradient" and self.gate_ranking != "learned":
+            raise ValueError(f"importance={self.importance} is a measure of gates, gate_ranking must be learned")
+        if self.importance_steps and (self.importance != "gradient" or self.allocation != "importance"):
+            raise ValueError("importance_steps is for importance=gradient and allocation=importance")
+        is_measured = self.allocation != "importance" or self.importance_steps is not None
+        if self.enable_peft and not self.enable_masking and self.dense_share == 0 and not is_measured:
+            raise ValueError(
+                "enable_peft without enable_masking needs dense_share > 0 to measure importance in, or importance_steps"
+            )
         return self
 
 

@@ -9,19 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainingConfig
+from training.cut import check_widths, choose_channels, choose_states, exact_mask, gate_block
 from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel
-from training.masks import element_mask, initial_mask_logits, n_of_m_mask
-from training.sparsity import (
-    SparsityTarget,
-    best_units,
-    kept_channels,
-    kept_states,
-    layer_costs,
-    masking_statistics,
-    shared_counts,
-)
+from training.masks import initial_mask_logits
+from training.sparsity import SparsityTarget, layer_costs, masking_statistics
 from yunmin.axes import layer_prefix
-from yunmin.errors import ConfigError
 from yunmin.gated import FixedGate, GatedMixer, MaskedLinear
 from yunmin.model import MambaLM
 
@@ -43,13 +35,8 @@ class Gating:
     def __init__(self, model: MambaLM, config: TrainingConfig, scan_order: Sequence[Tensor]) -> None:
         self.model = model
         self.config = config
-        self.block = config.gate_block_size if config.channel_gates == "block" else 1
-        if config.channel_multiple % self.block:
-            raise ConfigError(f"channel_multiple: must be a multiple of gate_block_size {self.block}")
-        for width in model.config.d_inner:
-            kept_channels(width, config.target_sparsity, config.channel_multiple)
-            if width % self.block:
-                raise ConfigError(f"gate_block_size: must divide the inner width {width}, got {self.block}")
+        check_widths(model.config, config)
+        self.block = gate_block(config)
         self.targets = {
             "channels": SparsityTarget(config.target_sparsity, config.multiplier_learning_rate),
             "states": SparsityTarget(config.target_state_sparsity, config.multiplier_learning_rate),
@@ -154,31 +141,23 @@ class Gating:
         Returns:
             Channel gates (D,) and state gates (N,) per layer, and bool weight masks by weight name.
         """
-        config, multiple = self.config, self.config.channel_multiple // self.block
-        scores = [gate.logits for gate in self.channel_gates]
-        if config.uniform_widths:
-            counts = [
-                kept_channels(width, config.target_sparsity, config.channel_multiple) // self.block
-                for width in self.model.config.d_inner
-            ]
-        else:
-            counts = shared_counts(scores, config.target_sparsity, multiple)
-        chosen = best_units(scores, counts)
+        config, model = self.config, self.model.config
+        chosen = choose_channels(model, config, [gate.logits for gate in self.channel_gates])
         channels = tuple(gate.fixed(kept).cpu() for gate, kept in zip(self.channel_gates, chosen, strict=True))
-        states = tuple(torch.ones(n) for n in self.model.config.d_state)
+        states = tuple(torch.ones(n) for n in model.d_state)
         if self.state_gates:
-            widths = [kept_states(n, config.target_state_sparsity) for n in self.model.config.d_state]
-            chosen = best_units([gate.logits for gate in self.state_gates], widths)
+            chosen = choose_states(model, config, [gate.logits for gate in self.state_gates])
             states = tuple(gate.fixed(kept).cpu() for gate, kept in zip(self.state_gates, chosen, strict=True))
         masks = {
-            f"{name}.weight": self._exact_mask(name, gate, channels, states, scan_order)
+            f"{name}.weight": exact_mask(model, config, name, gate.logits, channels, states, scan_order)
             for name, gate in self.mask_gates.items()
         }
         return channels, states, masks
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the gates: logits and multipliers."""
+        """What a checkpoint keeps of the gates: logits, multipliers, and the temperature for the record."""
         saved = {f"logits.{name}": gate.logits.detach().cpu() for name, gate in self.gates.items()}
+        saved["temperature"] = torch.tensor(self.temperature)
         return saved | {f"multipliers.{kind}": target.multipliers for kind, target in self.targets.items()}
 
     @torch.no_grad()
@@ -188,6 +167,7 @@ class Gating:
             gate.logits.copy_(saved[f"logits.{name}"])
         for kind, target in self.targets.items():
             target.multipliers = saved[f"multipliers.{kind}"].clone()
+        self.temperature = float(saved["temperature"])
 
     def _install(self, layer: int, mixer: GatedMixer, order: Tensor) -> None:
         inner, n = self.model.config.d_inner[layer], self.model.config.d_state[layer]
@@ -204,30 +184,6 @@ class Gating:
             gate = LearnedGate(initial_mask_logits(projection.weight), None, "gumbel_sigmoid")
             setattr(mixer, target, MaskedLinear(projection, gate))
             self.mask_gates[f"{layer_prefix(layer)}mixer.{target}"] = gate
-
-    def _exact_mask(
-        self,
-        name: str,
-        gate: LearnedGate,
-        channels: Sequence[Tensor],
-        states: Sequence[Tensor],
-        scan_order: Sequence[Tensor],
-    ) -> Tensor:
-        layer, target = int(name.split(".")[2]), name.rpartition(".")[2]
-        order = scan_order[layer]
-        inner = order[channels[layer][order] > 0]  # survivors in scan order
-        kept_n = states[layer].nonzero()[:, 0]
-        rank, n, width = self.model.config.dt_rank, states[layer].numel(), order.numel()
-        rows_and_columns = {
-            "in_proj": (torch.cat([inner, width + inner]), torch.arange(self.model.config.d_model)),
-            "x_proj": (torch.cat([torch.arange(rank), rank + kept_n, rank + n + kept_n]), inner),
-            "dt_proj": (inner, torch.arange(rank)),
-            "out_proj": (torch.arange(self.model.config.d_model), inner),
-        }
-        rows, columns = rows_and_columns[target]
-        if self.config.weight_mask == "n:m":
-            return n_of_m_mask(gate.logits, self.config.mask_n, self.config.mask_m, rows, columns)
-        return element_mask(gate.logits, self.config.mask_sparsity, rows, columns)
 
 
 def mixers_of(model: MambaLM) -> list[GatedMixer]:

@@ -164,7 +164,7 @@ class Trainer:
 
     def _enter(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
         before = self.adaptive.phase if self._entered is not None else None
-        lines = self.adaptive.enter(span.phase)
+        lines = self.adaptive.enter(span.phase, self._importance_losses())
         self.adaptive.model.to(self.device).train()
         self._optimizer = self._new_optimizer(self._optimizer)
         self._entered = span
@@ -182,6 +182,14 @@ class Trainer:
         records.write(self.step, "phase", span.phase, {**values, "notes": lines})
         if before is Phase.GATES:
             self._validate(HARD_GATES, records, screen)
+
+    def _importance_losses(self) -> Iterator[Tensor]:
+        """Losses of the adapter phase's first batches, with gates as they are then."""
+        for step in range(self.step, self.step + (self.config.importance_steps or 0)):
+            inputs, labels = (t.to(self.device) for t in self.start.data.training.batch(self.order.rows(step)))
+            with self._products():
+                logits = self.adaptive.model.train()(inputs)  # (B, L, V)
+            yield F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
     def _one_step(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
         factor = rate_factor_in_run(self.step, self.spans, self.config)
@@ -201,6 +209,10 @@ class Trainer:
             self._log(span, loss, records, screen)
         if is_last:
             self._validate(span.phase, records, screen)
+            if span.phase is Phase.GATES and span is self.spans[-1]:
+                for line in self.adaptive.finish():
+                    screen.line(f"  {line}")
+                self._validate(HARD_GATES, records, screen)
         elif self.config.validation_interval and self.step % self.config.validation_interval == 0:
             self._validate(None, records, screen)
         interval = self.config.checkpoint_interval

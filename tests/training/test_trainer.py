@@ -274,5 +274,5 @@ def test_pillars_can_be_left_out(options: dict[str, Any], phases: set[str], tmp_
     result = train(small_run(tmp_path, **options))
     assert result.steps == 24
     assert set(result.validations) - {"hard_gates"} == phases
-    assert ("hard_gates" in result.validations) == ("gates" in phases and len(phases) == 3)
+    assert ("hard_gates" in result.validations) == ("gates" in phases)
     yunmin.load(result.run, device="cpu").generate([1], max_tokens=2)
