@@ -11,7 +11,7 @@ from itertools import combinations, product
 from typing import Any, Literal
 
 from research.ablation.outcome import COMBINATIONS, GRID_KEYS, MEASURES, PILLARS, Outcome, combination_with
-from research.ablation.statistics import LEVEL, Paired, holm, paired
+from research.ablation.significance import LEVEL, Paired, holm, paired
 
 Kind = Literal["baseline", "all", "pillar", "interaction", "setting"]
 

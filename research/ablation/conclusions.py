@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,14 @@ from research.ablation.efficiency import (
     cheapest_within,
     chosen_on,
     configurations,
+    decisive,
 )
 from research.ablation.outcome import COSTS, MEASURES, Outcome, read_outcomes
-from research.ablation.statistics import LEVEL
+from research.ablation.significance import LEVEL
 from research.ablation.words import change, count, interval, listed, number, p_value, percent
 
 TOLERATED = 0.05  # rise of perplexity at which the cheapest configuration is looked for
-_KINDS: dict[Kind, tuple[str, str]] = {
+KINDS: dict[Kind, tuple[str, str]] = {
     "baseline": ("Against the baseline", "comparison of a combination with the baseline"),
     "all": ("All three pillars against fewer", "comparison of all three pillars with fewer"),
     "pillar": ("Each pillar over all combinations of the others", "main effect of a pillar"),
@@ -79,11 +81,8 @@ def conclude(results: Sequence[dict[str, Any]]) -> Conclusions:
     outcomes, failed = read_outcomes(results)
     comparisons, found = compare(outcomes), configurations(outcomes)
     claims = check_claims(outcomes)
-    sentences = [
-        *_significance(outcomes, comparisons),
-        *_best_points(found),
-        *(f"Claimed: {claim.text} – {claim.verdict}: {claim.found}." for claim in claims),
-    ]
+    first, *effects = _significance(outcomes, comparisons)
+    sentences = [first, *_best_points(found), *effects, *_on_claims(claims)]
     if not outcomes:
         sentences = ["No experiment finished, so there is nothing to conclude."]
     return Conclusions(outcomes, failed, comparisons, found, best(found), claims, sentences)
@@ -102,7 +101,7 @@ def _significance(outcomes: Sequence[Outcome], comparisons: Sequence[Comparison]
         first = f"Nothing is significant: none of {count(len(tested), 'test')} is"
     first += f" at {100 * LEVEL:.0f} % after Holm's correction for their number ({seeds})."
     sentences = [first]
-    for kind in _KINDS:
+    for kind in KINDS:
         for measure in MEASURES:
             these = [c for c in tested if c.kind == kind and c.measure == measure]
             if these:
@@ -112,7 +111,7 @@ def _significance(outcomes: Sequence[Outcome], comparisons: Sequence[Comparison]
 
 def _family(kind: Kind, measure: str, tested: Sequence[Comparison]) -> str:
     """One sentence on the tests of a kind."""
-    title, noun = _KINDS[kind]
+    title, noun = KINDS[kind]
     significant = [comparison for comparison in tested if comparison.is_significant]
     if not significant:
         smallest = min(tested, key=lambda c: c.p_holm or 0.0)
@@ -149,16 +148,25 @@ def _best_points(found: Sequence[Configuration]) -> list[str]:
             f"of the {len(on_front)} of {count(len(found), 'configuration')} on the front of perplexity, FLOPs and "
             "trainable parameters."
         )
-    lowest = min(found, key=lambda c: c.perplexity[MEASURES[0]], default=None)
+    lowest = min(found, key=lambda c: decisive(c, found), default=None)
     if lowest is not None and len(found) > 1:
-        sentences.append(f"The lowest perplexity has {lowest.name}: {_against(lowest, baseline)}.")
+        sentences.append(f"Lowest perplexity on the {chosen_on(found)}: {lowest.name}, {_against(lowest, baseline)}.")
     cheap = cheapest_within(found, TOLERATED)
-    if cheap is not None:
-        sentences.append(
-            f"Fewest FLOPs at a perplexity at most {100 * TOLERATED:.0f} % above the baseline's on the "
-            f"{chosen_on(found)}: {cheap.name}, {_against(cheap, baseline)}."
-        )
+    if cheap is not None and baseline is not None:
+        limit = f"a perplexity at most {100 * TOLERATED:.0f} % above the baseline's on the {chosen_on(found)}"
+        if cheap.costs[MAIN_COST] < baseline.costs.get(MAIN_COST, 0.0):
+            sentences.append(f"Fewest FLOPs at {limit}: {cheap.name}, {_against(cheap, baseline)}.")
+        else:
+            sentences.append(f"No configuration needs fewer FLOPs than the baseline at {limit}.")
     return sentences
+
+
+def _on_claims(claims: Sequence[Claim]) -> list[str]:
+    """Which claims hold, in short."""
+    by_verdict: dict[str, list[str]] = defaultdict(list)
+    for claim in claims:
+        by_verdict[claim.verdict].append(claim.text)
+    return [f"Classic claims, {verdict}: {'; '.join(texts)}." for verdict, texts in by_verdict.items()]
 
 
 def _against(configuration: Configuration, baseline: Configuration | None) -> str:

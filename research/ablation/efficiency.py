@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.ablation.outcome import COSTS, MEASURES, Outcome, name_of
-from research.ablation.statistics import ROUNDING
+from research.ablation.significance import ROUNDING
 
 MAIN_COST = "flops_per_token"  # exact, and what the score is made of
 SCORE = (
-    "score = (1 / perplexity) / (FLOPs per token x trainable parameters): the geometric mean of the probabilities of "
+    "score = (1 / perplexity) / (FLOPs per token × trainable parameters): the geometric mean of the probabilities of "
     "the test text's tokens, over decode work and over the most parameters that any phase trained. It is divided by "
     "the baseline's, so it has no unit and the baseline has 1."
 )
@@ -120,7 +120,7 @@ def best(found: Sequence[Configuration]) -> Configuration | None:
     No other one is better in perplexity on that text, FLOPs and trainable parameters together.
     """
     candidates = [c for c in found if c.score is not None]
-    return max(candidates, key=lambda c: _value(c) / _decisive(c, found), default=None)
+    return max(candidates, key=lambda c: _value(c) / decisive(c, found), default=None)
 
 
 def cheapest_within(found: Sequence[Configuration], share: float) -> Configuration | None:
@@ -128,12 +128,13 @@ def cheapest_within(found: Sequence[Configuration], share: float) -> Configurati
     baseline = next((c for c in found if c.combination == "baseline"), None)
     if baseline is None:
         return None
-    limit = _decisive(baseline, found) * (1 + share)
-    fitting = [c for c in found if _decisive(c, found) <= limit and MAIN_COST in c.costs]
-    return min(fitting, key=lambda c: (c.costs[MAIN_COST], _decisive(c, found)), default=None)
+    limit = decisive(baseline, found) * (1 + share)
+    fitting = [c for c in found if decisive(c, found) <= limit and MAIN_COST in c.costs]
+    return min(fitting, key=lambda c: (c.costs[MAIN_COST], decisive(c, found)), default=None)
 
 
-def _decisive(configuration: Configuration, found: Sequence[Configuration]) -> float:
+def decisive(configuration: Configuration, found: Sequence[Configuration]) -> float:
+    """Perplexity on the text that decides between the configurations found."""
     if chosen_on(found) == "test text":
         return configuration.perplexity[MEASURES[0]]
     assert configuration.validation is not None

@@ -1,0 +1,118 @@
+"""Plots of what the pillars did to each layer."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.ablation.conclusions import Conclusions
+from research.ablation.outcome import Outcome, has_pillar
+from research.ablation.plot_parts import BLUE, heat_map, title
+
+_PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+_KINDS = {"lora": "LoRA", "ia3": "IA3", "frozen": "frozen"}
+
+
+def _layers(outcomes: Sequence[Outcome], key: str, pillar: str) -> list[tuple[Outcome, Any]]:
+    """What was recorded of the layers of each experiment with a pillar."""
+    found = [(o, (o.result.get("layers") or {}).get(key)) for o in outcomes if has_pillar(o.combination, pillar)]
+    return [(outcome, value) for outcome, value in found if value]
+
+
+def draw_sparsity(figure: Any, conclusions: Conclusions) -> str:
+    """The share of channels cut in each layer, by combination and target."""
+    recorded = _layers(conclusions.outcomes, "channel_sparsity", "masking")
+    if not recorded:
+        return "no experiment with masking recorded its layers"
+    rows: dict[tuple[str, float], list[Sequence[float]]] = defaultdict(list)
+    targets = sorted({outcome.point.get("sparsity", math.nan) for outcome, _ in recorded})
+    for outcome, shares in recorded:
+        target = outcome.point.get("sparsity", math.nan) if len(targets) <= 5 else math.nan  # a free search has many
+        rows[outcome.combination, target].append(shares)
+    table = [[100 * statistics.fmean(shares) for shares in zip(*found, strict=True)] for found in rows.values()]
+    labels = [f"{name}, target {target:g}".removesuffix(", target nan") for name, target in rows]
+    n_layers = len(table[0])
+    figure.set_size_inches(max(8, 4 + 0.8 * n_layers), 2 + 0.45 * len(rows))
+    axes = figure.add_subplot()
+    heat_map(axes, table, "cividis", "{:.0f}", (0, 100))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks(range(n_layers))
+    axes.set(xlabel="layer", ylabel="")
+    axes.set_title("inner channels cut, %", loc="left")
+    spread = max(max(shares) - min(shares) for _, shares in recorded)
+    title(figure, _sparsity_title(100 * spread))
+    return ""
+
+
+def _sparsity_title(points: float) -> str:
+    if points < 0.05:
+        return "Every layer of an experiment is cut alike"
+    return f"Layers of one experiment differ by up to {points:.0f} points in what is cut"
+
+
+def draw_allocation(figure: Any, conclusions: Conclusions) -> str:
+    """How often each projection of each layer got LoRA, IA3 or nothing."""
+    recorded = [allocation for _, allocation in _layers(conclusions.outcomes, "allocation", "peft")]
+    if not recorded:
+        return "no experiment with adapters recorded its allocation"
+    n_layers = 1 + max(int(name.split(".")[0]) for found in recorded for names in found.values() for name in names)
+    figure.set_size_inches(max(11, 5 + 1.5 * n_layers), 4.2)
+    shares = {kind: _shares(recorded, kind, n_layers) for kind in _KINDS}
+    for index, (axes, kind) in enumerate(zip(figure.subplots(1, len(_KINDS), sharey=True), _KINDS, strict=True)):
+        heat_map(axes, shares[kind], "cividis", "{:.0f}", (0, 100))
+        axes.set_xticks(range(n_layers))
+        axes.set_yticks(range(len(_PROJECTIONS)), _PROJECTIONS)
+        axes.set_xlabel("layer")
+        axes.set_title(f"{_KINDS[kind]}, % of {len(recorded)}" if index == 0 else f"{_KINDS[kind]}, %", loc="left")
+    title(figure, _allocation_title(shares["lora"]))
+    return ""
+
+
+def _shares(recorded: Sequence[Mapping[str, Sequence[str]]], kind: str, n_layers: int) -> list[list[float]]:
+    """Percent of experiments, by projection and layer."""
+    counts: dict[str, int] = defaultdict(int)
+    for allocation in recorded:
+        for name in allocation.get(kind, ()):
+            counts[name] += 1
+    return [
+        [100 * counts[f"{layer}.{projection}"] / len(recorded) for layer in range(n_layers)]
+        for projection in _PROJECTIONS
+    ]
+
+
+def _allocation_title(lora: Sequence[Sequence[float]]) -> str:
+    means = {name: statistics.fmean(row) for name, row in zip(_PROJECTIONS, lora, strict=True)}
+    if not any(means.values()):
+        return "No projection got LoRA"
+    most = max(means, key=lambda name: means[name])
+    return f"LoRA went to {most} most often: {means[most]:.0f} % of its layers"
+
+
+def draw_correlation(figure: Any, conclusions: Conclusions) -> str:
+    """The correlation of neighbouring channels in each layer, before and after the order was learned."""
+    recorded = [found for _, found in _layers(conclusions.outcomes, "scan_correlation", "scan")]
+    if not recorded:
+        return "no experiment with a scan order recorded its correlations"
+    n_layers = len(recorded[0]["before"])
+    figure.set_size_inches(max(8, 3 + 0.9 * n_layers), 5)
+    axes = figure.add_subplot()
+    means: dict[str, list[float]] = {}
+    for key, colour, marker, offset in (("before", "#777777", "o", -0.08), ("after", BLUE, "D", 0.08)):
+        by_layer = list(zip(*(found[key] for found in recorded), strict=True))  # layers of experiments
+        means[key] = [statistics.fmean(values) for values in by_layer]
+        places = [layer + offset for layer in range(n_layers)]
+        axes.vlines(places, [min(v) for v in by_layer], [max(v) for v in by_layer], color=colour, linewidth=2.5)
+        label = "as the channels started" if key == "before" else "in the learned order"
+        axes.plot(places, means[key], marker, color=colour, markersize=10, label=label)
+    axes.set_xticks(range(n_layers))
+    axes.margins(x=0.1)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="layer", ylabel="mean |correlation| of neighbours")
+    axes.grid(visible=True, axis="y", alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2)
+    before, after = (statistics.fmean(means[key]) for key in ("before", "after"))
+    title(figure, f"Neighbours in scan order: mean |correlation| from {before:.2f} to {after:.2f}")
+    return ""
