@@ -1,0 +1,68 @@
+"""The texts of a study: one that base models learn from, and three of the task that share nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from research.ablation.settings import Settings
+from research.texts import Split, split_text, write_documents
+from yunmin.corpus import Document, read_documents
+from yunmin.files import atomic_file, write_json
+
+_SHARE = 0.1  # of the task's documents to tune by, and as much to report on
+_PARTS = ("train", "tune", "test")  # as `split_text` names its files
+_RECORD = "sources.json"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Files of JSON lines.
+
+    Attributes:
+        base: what base models are trained on; none of it belongs to the task.
+        task: the task's text, divided.
+    """
+
+    base: Path
+    task: Split
+
+
+def prepare_texts(settings: Settings, folder: Path) -> Texts:
+    """Writes the study's texts, unless the folder has them: sources may change while a study goes on, its texts do not.
+
+    Without sources the task is the documentation in the running Python's library, and base models learn from the
+    library's code: a model of one kind of text is adapted to another, as users do. With sources of one's own, base
+    models learn from the code as well, without what the task has (if nothing is left, from the task's training text).
+
+    Raises:
+        DataError: a source is unknown or empty, or too short to divide.
+    """
+    record = {"data": list(settings.data), "base_documents": settings.base_documents}
+    train, tune, test = (folder / f"{part}.jsonl" for part in _PARTS)
+    texts = Texts(folder / "base.jsonl", Split(train, tune, test, _name(settings)))
+    if (folder / _RECORD).is_file() and json.loads((folder / _RECORD).read_text(encoding="utf-8")) == record:
+        return texts
+    documentation = _documentation()
+    sources = list(settings.data)
+    if not sources:
+        write_documents(folder / "documentation.jsonl", documentation)
+        sources = [str(folder / "documentation.jsonl")]
+    split_text(sources, folder, tune_share=_SHARE, test_share=_SHARE)
+    not_base = {*documentation, *(d for source in sources for d in read_documents(source))}
+    code = [d for d in read_documents("stdlib") if d not in not_base] or read_documents(str(train))
+    write_documents(texts.base, code[:: -(-len(code) // settings.base_documents)])
+    with atomic_file(folder / _RECORD) as aside:
+        write_json(aside, record)
+    return texts
+
+
+def _documentation() -> list[Document]:
+    from pydoc_data.topics import topics
+
+    return [Document(topics[name]) for name in sorted(topics)]
+
+
+def _name(settings: Settings) -> str:
+    return ", ".join(settings.data) or "documentation of the running Python"
