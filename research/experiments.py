@@ -37,7 +37,8 @@ from yunmin.machine import machine_facts, memory_bytes, reset_peak_memory
 from yunmin.perplexity import token_stream
 from yunmin.quantization.layout import Format
 
-RESULT_FILE = "result.json"
+TRAINED_FILE = "trained.json"
+MEASUREMENT_FILE = "measurement.json"
 _FORMAT = 1
 _KEY_LENGTH = 16  # hexadecimal digits: a study has thousands of experiments, not billions
 _NAMES = ("run_name", "output_dir", "project_name", "checkpoint")  # where things lie changes no result
@@ -90,7 +91,7 @@ class Laboratory:
         self._digests: dict[str, str] = {}
 
     def key(self, experiment: Experiment) -> str:
-        """A hash over all that the result depends on: configuration, start, texts by content, measures, version."""
+        """A hash over all that the artifact depends on: configuration, start, texts by content, version."""
         config = experiment.config()
         values = config.model_dump(mode="json", exclude_defaults=True, exclude={*RECORD_KEYS, *_NAMES})
         values["data"] = [self._digest(source) for source in config.data]
@@ -102,13 +103,18 @@ class Laboratory:
             "start": None if experiment.start is None else self.key(experiment.start),
             "checkpoint": None if config.checkpoint is None else self._digest(config.checkpoint),
             "quantize": experiment.quantize,
-            "measures": {**asdict(self.measures), "test": self._digest(self.measures.test)},
         }
         return hash_of(facts)
 
+    @property
+    def result_file(self) -> str:
+        """The name of a result in an experiment's folder, which has one for each way of measuring."""
+        measures = {**asdict(self.measures), "test": self._digest(self.measures.test)}
+        return f"result-{hash_of(measures)}.json"
+
     def result(self, experiment: Experiment) -> dict[str, Any] | None:
         """What a finished experiment found; None before."""
-        return read_result(self.folder / self.key(experiment))
+        return read_result(self.folder / self.key(experiment) / self.result_file)
 
     def run(self, experiment: Experiment, *, keep: bool = False) -> dict[str, Any]:
         """Runs an experiment, and the one it starts from, unless they are finished.
@@ -118,7 +124,7 @@ class Laboratory:
             keep: whether its artifact and newest checkpoint are kept, which others start from or measure further.
 
         Returns:
-            What `result.json` holds.
+            What the file of its result holds.
 
         Raises:
             Interrupted: a signal ended it; the next call goes on.
@@ -126,10 +132,10 @@ class Laboratory:
         """
         folder = self.folder / self.key(experiment)
         with locked(folder):
-            found = read_result(folder)
+            found = read_result(folder / self.result_file)
             if found is not None and (not keep or (folder / "artifact").is_dir()):
                 return found
-            if experiment.start is not None:
+            if experiment.start is not None and not self.artifact(experiment.start).is_dir():
                 self.run(experiment.start, keep=True)
             return self._run(experiment, folder, keep=keep)
 
@@ -145,22 +151,25 @@ class Laboratory:
         """What a measurement found that these facts describe; measured only if it is not known yet."""
         folder = self.folder / hash_of({"format": _FORMAT, "yunmin": __version__, **facts})
         with locked(folder):
-            found = read_result(folder)
+            found = read_result(folder / MEASUREMENT_FILE)
             if found is None:
                 found = measure()
-                write_json(folder / RESULT_FILE, found)
+                write_json(folder / MEASUREMENT_FILE, found)
             return found
 
     def _run(self, experiment: Experiment, folder: Path, *, keep: bool) -> dict[str, Any]:
-        trained, seconds, memory = self._train(experiment, folder)
+        run, artifact = folder / "run", folder / "artifact"
+        trained = read_result(folder / TRAINED_FILE)
+        if trained is None or not checkpoints_of(run):
+            trained = self._train(experiment, folder)
+            write_json(folder / TRAINED_FILE, trained)
         begun = time.perf_counter()
-        shutil.rmtree(folder / "artifact", ignore_errors=True)
-        options = Options(data=self.measures.test, quantize=experiment.quantize)
-        export(trained.run, folder / "artifact", options=options)
+        if not artifact.is_dir():
+            export(run, artifact, options=Options(data=self.measures.test, quantize=experiment.quantize))
         exported = time.perf_counter()
         self.report(f"{experiment.label}: measuring")
-        measured = measure_artifact(folder / "artifact", self.measures)
-        layers = layer_facts(trained.run, self._observed(folder / "artifact").sequences())
+        measured = measure_artifact(artifact, self.measures)
+        layers = layer_facts(run, self._observed(artifact).sequences())
         result = {
             "format": _FORMAT,
             "key": folder.name,
@@ -168,44 +177,49 @@ class Laboratory:
             "training": experiment.config().model_dump(mode="json"),
             "start": None if experiment.start is None else self.key(experiment.start),
             "quantize": experiment.quantize,
-            "validation_perplexity": trained.validations,
+            **trained,
             **measured,
-            "trainable_parameters": trained.trainable_parameters,
-            "adapted_parameters": list(trained.trainable_parameters.values())[-1],
-            "training_memory_bytes": memory,
             "layers": layers,
-            "seconds": {"train": seconds, "export": exported - begun, "measure": time.perf_counter() - exported},
+            "seconds": {
+                "train": trained["seconds"],
+                "export": exported - begun,
+                "measure": time.perf_counter() - exported,
+            },
             "machine": machine_facts(),
         }
         if not keep:
-            shutil.rmtree(folder / "artifact")
-            for checkpoint in checkpoints_of(trained.run):
+            shutil.rmtree(artifact)
+            for checkpoint in checkpoints_of(run):
                 shutil.rmtree(checkpoint)
-        write_json(folder / RESULT_FILE, result)
+        write_json(folder / self.result_file, result)
         return result
 
-    def _train(self, experiment: Experiment, folder: Path) -> tuple[TrainingResult, float, int]:
-        """Trains, or goes on; the seconds and the peak of memory are of this call."""
+    def _train(self, experiment: Experiment, folder: Path) -> dict[str, Any]:
+        """Trains, or goes on; seconds and the peak of memory are of this call."""
         self.report(f"{experiment.label}: training")
-        with (folder / "train.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
-            return self._train_logged(experiment, folder)
-
-    def _train_logged(self, experiment: Experiment, folder: Path) -> tuple[TrainingResult, float, int]:
-        run = folder / "run"
         before, _ = memory_bytes()
         reset_peak_memory()
         begun = time.perf_counter()
-        if (run / CONFIG_FILE).is_file() and checkpoints_of(run):
-            trained = resume(run)
-        else:
-            shutil.rmtree(run, ignore_errors=True)
-            own = {"output_dir": str(folder), "run_name": run.name, "keep_checkpoints": 1, "tensorboard": False}
-            if experiment.start is not None:
-                own["checkpoint"] = str(self.artifact(experiment.start))
-            trained = train(parse_config({**own, **experiment.training}, where=experiment.label))
+        with (folder / "train.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
+            trained = self._trained(experiment, folder / "run")
         if trained.interrupted:
             raise Interrupted(f"{experiment.label} stopped after step {trained.steps} of {trained.total_steps}")
-        return trained, time.perf_counter() - begun, memory_bytes()[1] - before
+        return {
+            "validation_perplexity": trained.validations,
+            "trainable_parameters": trained.trainable_parameters,
+            "adapted_parameters": list(trained.trainable_parameters.values())[-1],
+            "training_memory_bytes": memory_bytes()[1] - before,
+            "seconds": time.perf_counter() - begun,
+        }
+
+    def _trained(self, experiment: Experiment, run: Path) -> TrainingResult:
+        if (run / CONFIG_FILE).is_file() and checkpoints_of(run):
+            return resume(run)
+        shutil.rmtree(run, ignore_errors=True)
+        own = {"output_dir": str(run.parent), "run_name": run.name, "keep_checkpoints": 1, "tensorboard": False}
+        if experiment.start is not None:
+            own["checkpoint"] = str(self.artifact(experiment.start))
+        return train(parse_config({**own, **experiment.training}, where=experiment.label))
 
     def _observed(self, artifact: Path) -> Text:
         checkpoint, _ = load_artifact(artifact)
@@ -225,9 +239,8 @@ class Laboratory:
         return self._digests[source]
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result in an experiment's folder, or None."""
-    path = folder / RESULT_FILE
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A result that was written, or None."""
     if not path.is_file():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,121 @@
+"""Pillar 2: learned gates against cuts by magnitude, by activations and at random, before and after equal recovery.
+
+Every way has the same base model and the same steps: half of them before the cut, in which gates are learned or the
+weights simply train on, and half of them after it. The cuts have the same widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from research.ablation.document import Block, Paragraph, Table
+from research.experiments import Experiment, Laboratory
+from research.pillars.study import Study
+from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
+
+TITLE = "Learned masking"
+QUESTION = "Do learned gates choose better than a cut by magnitude, by activations, or at random?"
+RANKINGS = {
+    "learned": "learned gates",
+    "activation": "by activations",
+    "magnitude": "by magnitude",
+    "random": "at random",
+}
+REFERENCE = "activation"  # the strongest of the cheap ways
+CUTS: dict[str, dict[str, float]] = {
+    "30 % of channels": {"target_sparsity": 0.3},
+    "50 % of channels": {"target_sparsity": 0.5},
+    "70 % of channels": {"target_sparsity": 0.7},
+    "half the state": {"target_sparsity": 0.0, "target_state_sparsity": 0.5},
+}
+_OPTIONS: dict[str, Any] = {
+    "scan_mode": "none",
+    "enable_peft": False,
+    "dense_share": 0.0,
+    "gate_share": 0.5,
+    "recover_share": 0.5,
+    "channel_multiple": 16,
+}
+
+
+def experiments(study: Study, _: Laboratory) -> list[Experiment]:
+    """Everything to be trained."""
+    return [experiment for seed in study.seeds for _, _, experiment in _of_seed(study, seed)]
+
+
+def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
+    """What was found.
+
+    Returns:
+        `perplexity`: by cut and ranking, one for each seed, `before` recovery (on the tuning text) and `after` it (on
+        the test text); `dense`: the same steps without a cut, on the test text.
+    """
+    found: dict[str, Any] = {"dense": [], "perplexity": {cut: {} for cut in CUTS}}
+    for seed in study.seeds:
+        for cut, ranking, experiment in _of_seed(study, seed):
+            result = laboratory.run(experiment)
+            after = result["test"]["token_perplexity"]
+            if cut is None or ranking is None:
+                found["dense"].append(after)
+                continue
+            values = found["perplexity"][cut].setdefault(ranking, {"before": [], "after": []})
+            values["before"].append(result["validation_perplexity"]["hard_gates"])
+            values["after"].append(after)
+    return found
+
+
+def lines(found: dict[str, Any], when: str) -> dict[str, list[Line]]:
+    """By cut, every ranking against `REFERENCE`."""
+    tests = len(CUTS) * (len(RANKINGS) - 1)
+    return {
+        cut: compared({r: by[r][when] for r in RANKINGS}, REFERENCE, tests) for cut, by in found["perplexity"].items()
+    }
+
+
+def blocks(found: dict[str, Any]) -> list[Block]:
+    """What the comparison says."""
+    after, before = lines(found, "after"), lines(found, "before")
+    dense = compared({"dense": found["dense"]}, "dense")[0].perplexity
+    sentences = [
+        f"{cut}: {said(by[0], 'learned gates', RANKINGS[REFERENCE])} after recovery" for cut, by in after.items()
+    ]
+    rows = [
+        (cut, RANKINGS[line.name], f"{first.perplexity:.2f}", *table_row(line))
+        for cut in CUTS
+        for line, first in zip(after[cut], before[cut], strict=True)
+    ]
+    return [
+        Paragraph("; ".join(sentences) + "."),
+        Table(
+            ("cut", "chosen", "before recovery", *TABLE_HEADER),
+            rows,
+            labels=2,
+            note="Perplexity before recovery is on the tuning text, after it on the test text; without a cut: "
+            f"{dense:.2f}. Changes are against the cut {RANKINGS[REFERENCE]}.",
+        ),
+    ]
+
+
+def plot(found: dict[str, Any], axes: Any) -> None:
+    """Perplexity after recovery by cut, one line for each ranking; the ends of bars are the extreme seeds."""
+    for ranking, name in RANKINGS.items():
+        values = np.array([found["perplexity"][cut][ranking]["after"] for cut in CUTS])  # (cuts, seeds)
+        middle = values.mean(1)
+        ends = np.stack([middle - values.min(1), values.max(1) - middle])
+        axes.errorbar(range(len(CUTS)), middle, yerr=ends, marker="o", capsize=3, label=name)
+    axes.axhline(np.mean(found["dense"]), color="gray", linestyle=":", label="no cut")
+    axes.set_xticks(range(len(CUTS)), list(CUTS))
+    axes.set_ylabel("test perplexity after recovery")
+    axes.legend()
+
+
+def _of_seed(study: Study, seed: int) -> Iterator[tuple[str | None, str | None, Experiment]]:
+    uncut = {**_OPTIONS, "enable_masking": False, "dense_share": 1.0}
+    yield None, None, study.adapted(seed, uncut, "masking, no cut")
+    for cut, targets in CUTS.items():
+        for ranking in RANKINGS:
+            options = {**_OPTIONS, **targets, "gate_ranking": ranking}
+            yield cut, ranking, study.adapted(seed, options, f"masking, {cut}, {ranking}")

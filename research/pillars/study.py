@@ -1,0 +1,77 @@
+"""What the four comparisons share: their models, texts and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from research.experiments import Experiment, Laboratory
+from research.measures import Measures
+from research.pillars.bases import WINDOW, Budget, adapted, base_model
+from research.texts import Split, split_text
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison's settings.
+
+    Attributes:
+        folder: of all results; several comparisons share its experiments.
+        base_source: text that base models learn.
+        source: text that what starts from them learns; the base's own where it is the same.
+        size: of the models, a key of `research.pillars.bases.SIZES`.
+        seeds: of base models and of all that follows.
+        budget: of training.
+        test_tokens: scored of the test text.
+        report: told how far it is.
+    """
+
+    folder: Path
+    base_source: str
+    source: str
+    size: str = "2m"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: Budget = field(default_factory=Budget)
+    test_tokens: int = 32768
+    report: Callable[[str], None] = field(default=lambda _: None, compare=False)
+
+    @property
+    def base_text(self) -> Split:
+        return self._split(self.base_source)
+
+    @property
+    def text(self) -> Split:
+        return self._split(self.source)
+
+    def laboratory(self, text: Split) -> Laboratory:
+        """Experiments that are measured on the test part of a text."""
+        measures = Measures(str(text.test), test_tokens=self.test_tokens, window=WINDOW)
+        return Laboratory(self.folder / "experiments", measures, self.report)
+
+    def base(self, seed: int) -> Experiment:
+        return base_model(self.size, seed, self.base_text, self.budget)
+
+    def adapted(self, seed: int, options: Mapping[str, Any], label: str) -> Experiment:
+        """What starts from the base model of a seed and learns `text`."""
+        return adapted(self.base(seed), self.text, self.budget, options, label)
+
+    def describe(self) -> dict[str, Any]:
+        """What the numbers rest on."""
+        budget = self.budget
+        return {
+            "size": self.size,
+            "seeds": len(self.seeds),
+            "base_text": Path(self.base_source).name,
+            "text": Path(self.source).name,
+            "base_steps": budget.base_steps,
+            "base_batch": budget.base_batch,
+            "steps": budget.steps,
+            "batch": budget.batch,
+            "window": WINDOW,
+            "test_tokens": self.test_tokens,
+        }
+
+    def _split(self, source: str) -> Split:
+        return split_text([source], self.folder / "texts" / Path(source).stem)
