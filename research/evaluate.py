@@ -1,76 +1,71 @@
-"""Score a model on a task: perplexity on held-out text."""
+"""Score a model on a task: perplexity, summaries, answers, programs, or tasks of lm-eval."""
 
 from __future__ import annotations
 
-import sys
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
-from yunmin.cli import parser, print_json, run
+from research.evaluate_options import LM_EVAL, TASKS, parse_options
+from yunmin.cli import print_json, run
 
 
 def main(argv: list[str]) -> int:
-    """`yunmin eval MODEL --task perplexity --data SOURCE`."""
-    arguments = parser(
-        "eval",
-        "Scores an artifact, a run folder or a checkpoint on a task.",
-        [
-            "yunmin eval artifact/ --task perplexity --data held_out.txt",
-            "yunmin eval training_outputs/run --task perplexity --data stdlib --held-out 0.05 --max-tokens 32768",
-            "yunmin eval artifact/ --task perplexity --data held_out.jsonl --window 1024 --stride 512 --json",
-        ],
-    )
-    arguments.add_argument("model", help="artifact, run folder, checkpoint folder, or Hub id when online")
-    arguments.add_argument("--task", choices=["perplexity"], default="perplexity", help="what to score (perplexity)")
-    arguments.add_argument(
-        "--data", required=True, metavar="SOURCE", help="text file, .jsonl file, folder, stdlib, or Hub dataset"
-    )
-    arguments.add_argument(
-        "--held-out",
-        type=float,
-        metavar="SHARE",
-        help="score only what yunmin train holds out of SOURCE when its validation_share is SHARE",
-    )
-    arguments.add_argument("--window", type=int, default=512, metavar="N", help="tokens read at once (512)")
-    arguments.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (the whole window)")
-    arguments.add_argument("--max-tokens", type=int, metavar="N", help="score only the first N tokens")
-    arguments.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows per forward pass (8)")
-    arguments.add_argument("--device", default="auto", help="torch device (auto)")
-    arguments.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
-    options = arguments.parse_args(argv)
+    """`yunmin eval MODEL --task TASK --data SOURCE`, or `--lm-eval TASK`."""
+    options = parse_options(argv)
 
-    from research.perplexity import evaluate_perplexity
-    from yunmin.corpus import read_documents, split_documents, texts_of
-    from yunmin.errors import RequestError
-    from yunmin.language_model import load
+    from research.models import open_model
+    from research.progress import ProgressBar
 
-    for name in ("window", "stride", "max_tokens", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RequestError(f"--{name.replace('_', '-')}", f"must be >= 1, got {value}")
-    documents = read_documents(options.data)
-    if options.held_out is not None:
-        _, documents = split_documents(documents, options.held_out)
-    result = evaluate_perplexity(
-        load(options.model, device=options.device),
-        texts_of(documents),
-        window=options.window,
-        stride=options.stride or options.window,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        progress=_show_progress if sys.stderr.isatty() else None,
-    )
+    with ProgressBar() as progress:
+        model = open_model(
+            options.model,
+            device=options.device,
+            runtime=options.runtime,
+            batch_size=options.batch_size,
+            api_key=os.environ.get(options.api_key_env) or None,
+            progress=progress,
+        )
+        if options.task == LM_EVAL:
+            from research.lm_eval_model import run_lm_eval
+
+            result = run_lm_eval(model, options)
+        else:
+            result = importlib.import_module(TASKS[options.task]).run(model, options)
     asked = {"model": options.model, "task": options.task, "data": options.data, "held_out": options.held_out}
     result = asked | result
     if options.json:
         print_json(result)
     else:
-        for name, value in result.items():
-            if value is not None:
-                print(f"{name.replace('_', ' '):<18} {f'{value:.4f}' if isinstance(value, float) else value}")
+        print(show(result))
     return 0
 
 
-def _show_progress(done: int, total: int) -> None:
-    print(f"\r{done} of {total} windows", end="\n" if done == total else "", file=sys.stderr, flush=True)
+def show(result: dict[str, Any]) -> str:
+    """A result for a terminal, with its intervals."""
+    intervals = result.get("intervals") or {}
+    lines = []
+    for name, value in _flat(result):
+        ends = intervals.get(name)
+        between = "" if ends is None else f"  [{ends[0]:.4f}, {ends[1]:.4f}]"
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        lines.append(f"{name.replace('_', ' '):<24} {shown}{between}")
+    if intervals:
+        lines.append(
+            f"in brackets: {intervals['confidence']:.0%} by bootstrap over {intervals['units']:,} {intervals['resampled']}"
+        )
+    return "\n".join(lines)
+
+
+def _flat(result: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values, those of nested objects, too, but for intervals."""
+    for name, value in result.items():
+        if isinstance(value, dict):
+            if name != "intervals":
+                yield from _flat(value, f"{before}{name} ")
+        elif value is not None:
+            yield before + name, value
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from yunmin.errors import DataError, MissingExtraError
 
@@ -139,22 +140,37 @@ def _read_record(path: Path, number: int, line: str) -> Document:
     return document
 
 
-def _hub_documents(name: str) -> list[Document]:
+def load_hub_dataset(name: str, config: str | None = None, split: str | None = None) -> Any:
+    """A dataset of the Hugging Face Hub.
+
+    Args:
+        name: of the dataset.
+        config: of its variants; None where it has but one.
+        split: of it; None gives all of them by name.
+
+    Raises:
+        MissingExtraError: datasets is not installed.
+        DataError: the Hub cannot be reached, or has no such dataset.
+    """
     try:
         import datasets
         from huggingface_hub import HfApi, constants
     except ModuleNotFoundError:
         raise MissingExtraError("datasets", "train", f"the dataset {name!r}") from None
-    dataset, _, config = name.partition(":")
     try:
         if not constants.HF_HUB_OFFLINE:  # one question, since `datasets` asks an unreachable Hub for half a minute
-            HfApi().dataset_info(dataset, timeout=10)
-        rows = datasets.load_dataset(dataset, config or None, split="train")
+            HfApi().dataset_info(name, timeout=10)
+        return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # noqa: BLE001 (the library raises many unrelated kinds)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{name!r} is no file, folder, 'stdlib' or 'synthetic', and no dataset that the Hub gives: {reason}"
         ) from None
+
+
+def _hub_documents(name: str) -> list[Document]:
+    dataset, _, config = name.partition(":")
+    rows = load_hub_dataset(dataset, config or None, "train")
     if "text" not in rows.column_names:
         raise DataError(f"dataset {name!r}: expected a column 'text', found {', '.join(rows.column_names)}")
     return [Document(text) for text in rows["text"]]

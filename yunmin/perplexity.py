@@ -133,17 +133,28 @@ def windows(n_tokens: int, window: int, stride: int) -> list[tuple[int, int, int
 
 
 def token_stream(tokenizer: Encoder, texts: Sequence[str], max_tokens: int | None) -> tuple[list[int], list[str]]:
+    """As `token_pieces`, without the places where pieces end."""
+    token_ids, pieces = token_pieces(tokenizer, texts, max_tokens)
+    return token_ids, [piece for piece, _ in pieces]
+
+
+def token_pieces(
+    tokenizer: Encoder, texts: Sequence[str], max_tokens: int | None
+) -> tuple[list[int], list[tuple[str, int]]]:
     """Ids of which all but the first are scored, and the pieces of text that the scored ones spell.
 
     Args:
         tokenizer: encodes; its end-of-text token, where it has one, goes before each text.
         texts: read only as far as needed.
         max_tokens: ids to score at most; None for all.
+
+    Returns:
+        The ids, and for each piece how many of them there are up to its end.
     """
     separator = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     room = sys.maxsize if max_tokens is None else max_tokens + 1
     token_ids: list[int] = []
-    scored: list[str] = []
+    pieces: list[tuple[str, int]] = []
     for text in texts:
         token_ids += separator
         if len(token_ids) >= room:
@@ -154,6 +165,6 @@ def token_stream(tokenizer: Encoder, texts: Sequence[str], max_tokens: int | Non
             continue
         begin = 0 if token_ids else encoding.offsets[0][1]  # the first id of all is read, not scored
         end = len(text) if len(taken) == len(encoding.ids) else encoding.offsets[len(taken) - 1][1]
-        scored.append(text[begin:end])
         token_ids += taken
-    return token_ids[:room], scored
+        pieces.append((text[begin:end], len(token_ids)))
+    return token_ids[:room], pieces

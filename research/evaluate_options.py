@@ -1,0 +1,140 @@
+"""The options of `yunmin eval`, and which task each of them belongs to."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from yunmin.cli import parser
+from yunmin.errors import RequestError
+
+# modules with a function `run(model, options) -> result`, imported when they are needed
+TASKS = {
+    "perplexity": "research.tasks.language_modelling",
+    "summarization": "research.tasks.summarization",
+    "qa": "research.tasks.question_answering",
+}
+LM_EVAL = "lm-eval"
+_ANSWERS = ("summarization", "qa")  # tasks in which a model writes
+_KEY_VARIABLE = "YUNMIN_API_KEY"
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
+    """The options, whose `task` is one of `TASKS` or `LM_EVAL`; ends the process where they contradict each other.
+
+    Raises:
+        RequestError: an impossible number; names the option.
+    """
+    arguments = _parser()
+    options = arguments.parse_args(argv)
+    options.task = LM_EVAL if options.lm_eval else options.task or "perplexity"
+    _settle(arguments, options)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    arguments = parser(
+        "eval",
+        "Scores a model on a task: an artifact, a run folder, a checkpoint, or a running server.",
+        [
+            "yunmin eval artifact/ --task perplexity --data held_out.txt",
+            "yunmin eval training_outputs/run --task perplexity --data stdlib --held-out 0.05 --max-tokens 32768",
+            "yunmin eval http://127.0.0.1:3000 --task perplexity --data held_out.jsonl --window 1024 --stride 512",
+            "yunmin eval artifact/ --task summarization --data cnn_dailymail:3.0.0:test \\",
+            "    --fields document=article,summary=highlights --limit 200 --samples answers.jsonl",
+            "yunmin eval artifact/ --task qa --data dev-v2.0.json --few-shot 3",
+            "yunmin eval artifact/ --task qa --data stdlib --held-out 0.05    # offline: about Python's own functions",
+            "yunmin eval artifact/ --lm-eval lambada_openai,piqa --limit 100 --json",
+        ],
+    )
+    add = arguments.add_argument
+    add("model", help="artifact, run folder, checkpoint folder, Hub id when online, or URL of a running server")
+    add("--task", choices=[*TASKS], help="what to score (perplexity)")
+    add("--data", metavar="SOURCE", help="what to score it on; see below, by task")
+    add("--limit", type=int, metavar="N", help="ask only N examples, chosen by the seed (all)")
+    add("--seed", type=int, metavar="N", help="of every choice (0)")
+    add("--few-shot", type=int, metavar="N", help="examples shown before each question, which are not asked (0)")
+    add("--samples", metavar="FILE", help="write every prompt, answer, right answer and score as JSON lines")
+    add("--batch-size", type=int, metavar="N", default=16, help="sequences at a time, here or on the server (16)")
+    add("--device", default="auto", help="torch device (auto)")
+    add("--runtime", choices=("auto", "native", "torch", "onnx"), default="auto", help="(auto)")
+    add(
+        "--api-key-env",
+        metavar="NAME",
+        default=_KEY_VARIABLE,
+        help=f"environment variable with a server's key ({_KEY_VARIABLE})",
+    )
+    add("--json", action="store_true", help="print the result as one JSON object on stdout")
+
+    text = arguments.add_argument_group(
+        "perplexity", "SOURCE: text file, .jsonl file, folder, stdlib, or Hub dataset, as of yunmin train"
+    )
+    text.add_argument(
+        "--held-out",
+        type=float,
+        metavar="SHARE",
+        help="use only what yunmin train holds out of SOURCE when its validation_share is SHARE",
+    )
+    text.add_argument("--window", type=int, metavar="N", help="tokens read at once (512)")
+    text.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (the whole window)")
+    text.add_argument("--max-tokens", type=int, metavar="N", help="score only the first N tokens")
+
+    answers = arguments.add_argument_group(
+        "summarization and qa",
+        "SOURCE: .jsonl file with the fields document and summary (a text, or a list of several right ones), or "
+        "context, question and answers (a text, or a list, which is empty where there is no answer); SQuAD's .json; "
+        "NAME[:CONFIG[:SPLIT]] of a Hub dataset with such columns; stdlib or a folder of Python sources: the first "
+        "lines of docstrings, or questions about signatures. --held-out divides sources. Scores are shares of 1",
+    )
+    answers.add_argument("--fields", metavar="NAME=COLUMN,...", help="columns of records that have other names")
+    answers.add_argument("--template", metavar="TEXT", help=r"prompt with fields in braces; \n is a new line")
+    answers.add_argument("--stop", action="append", metavar="TEXT", help="an answer ends before this; may be repeated")
+    answers.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of an answer (summaries 128, qa 32)")
+    answers.add_argument("--stemmer", action="store_true", default=None, help="ROUGE compares stems of English words")
+    answers.add_argument("--no-answer", metavar="TEXT", help="answer that says there is none (unanswerable)")
+
+    harness = arguments.add_argument_group("lm-eval")
+    harness.add_argument("--lm-eval", metavar="TASK,...", help="run these tasks of the lm-eval harness")
+    harness.add_argument("--lm-eval-include", metavar="DIR", help="folder with further tasks")
+    return arguments
+
+
+# options that belong to some tasks only, and what they are where they are not given
+_OWN: dict[str, tuple[tuple[str, ...], Any]] = {
+    "data": ((*TASKS,), None),
+    "held_out": (("perplexity", *_ANSWERS), None),
+    "window": (("perplexity",), 512),
+    "stride": (("perplexity",), None),
+    "max_tokens": (("perplexity",), None),
+    "limit": ((*_ANSWERS, LM_EVAL), None),
+    "seed": ((*_ANSWERS, LM_EVAL), 0),
+    "few_shot": ((*_ANSWERS, LM_EVAL), None),
+    "samples": ((*_ANSWERS, LM_EVAL), None),
+    "fields": (_ANSWERS, None),
+    "template": (_ANSWERS, None),
+    "stop": (_ANSWERS, None),
+    "max_new_tokens": (_ANSWERS, None),
+    "stemmer": (("summarization",), False),
+    "no_answer": (("qa",), "unanswerable"),
+    "lm_eval_include": ((LM_EVAL,), None),
+}
+_LEAST = {"few_shot": 0, "seed": 0} | dict.fromkeys(
+    ("window", "stride", "max_tokens", "batch_size", "limit", "max_new_tokens"), 1
+)
+
+
+def _settle(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses options that have no meaning here or impossible values, and fills in defaults."""
+    task = options.task
+    for name, (tasks, default) in _OWN.items():
+        option = f"--{name.replace('_', '-')}"
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif task not in tasks:
+            arguments.error(f"{option}: has no meaning with {'--lm-eval' if task == LM_EVAL else f'--task {task}'}")
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise RequestError(f"--{name.replace('_', '-')}", f"must be >= {least}, got {value}")
+    if options.data is None and task != LM_EVAL:
+        arguments.error("the following arguments are required: --data")
