@@ -32,8 +32,9 @@ def read_documents(source: str) -> list[Document]:
     """Reads a data source.
 
     Args:
-        source: `stdlib`, a text file, a `.jsonl` file (lines with `text`, or `prompt` and `completion`), a folder of
-            text files, or the name of a Hugging Face dataset (`name` or `name:config`, its `text` column) when online.
+        source: `stdlib` (or one of its parts, `stdlib:code` and `stdlib:reference`), a text file, a `.jsonl` file (lines
+            with `text`, or `prompt` and `completion`), a folder of text files, or the name of a Hugging Face dataset
+            (`name` or `name:config`, its `text` column) when online.
 
     Returns:
         Documents in a fixed order, none empty, none twice.
@@ -42,8 +43,8 @@ def read_documents(source: str) -> list[Document]:
         DataError: the source is unknown, empty or malformed; names the file and line.
     """
     path = Path(source)
-    if source == "stdlib":
-        documents = _stdlib_documents()
+    if source in STDLIB_SOURCES:
+        documents = [d for part in STDLIB_SOURCES[source] for d in part()]
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in {*_TEXT_SUFFIXES, ".jsonl"})
         documents = [d for p in files for d in _read_file(p)]
@@ -95,17 +96,29 @@ def texts_of(documents: Iterable[Document]) -> list[str]:
     return [d.prompt + d.text for d in documents]
 
 
-def _stdlib_documents() -> list[Document]:
-    """Sources of the standard library and the language reference that `help()` shows."""
-    from pydoc_data.topics import topics
-
+def _stdlib_code() -> list[Document]:
+    """Sources of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not _STDLIB_SKIPPED & set(p.relative_to(root).parts))
     sources = []
     for path in files:
         with contextlib.suppress(UnicodeDecodeError):  # a few declare another encoding
-            sources.append(path.read_text(encoding="utf-8"))
-    return [Document(text) for text in [*sources, *(topics[name] for name in sorted(topics))]]
+            sources.append(Document(path.read_text(encoding="utf-8")))
+    return sources
+
+
+def _stdlib_reference() -> list[Document]:
+    """The language reference that `help()` shows, in English."""
+    from pydoc_data.topics import topics
+
+    return [Document(topics[name]) for name in sorted(topics)]
+
+
+STDLIB_SOURCES = {
+    "stdlib": (_stdlib_code, _stdlib_reference),
+    "stdlib:code": (_stdlib_code,),
+    "stdlib:reference": (_stdlib_reference,),
+}
 
 
 def _read_file(path: Path) -> list[Document]:

@@ -18,6 +18,7 @@ from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_r
 
 TITLE = "Learned masking"
 QUESTION = "Do learned gates choose better than a cut by magnitude, by activations, or at random?"
+KEEPS = False  # whether artifacts are needed to measure further
 RANKINGS = {
     "learned": "learned gates",
     "activation": "by activations",

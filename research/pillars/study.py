@@ -9,8 +9,10 @@ from typing import Any
 
 from research.experiments import Experiment, Laboratory
 from research.measures import Measures
-from research.pillars.bases import WINDOW, Budget, adapted, base_model
+from research.pillars.bases import SIZES, WINDOW, Budget, adapted, base_model
 from research.texts import Split, split_text
+from yunmin.config import MambaConfig
+from yunmin.cost import cost_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Study:
         budget = self.budget
         return {
             "size": self.size,
+            "parameters": self._parameters(),
             "seeds": len(self.seeds),
             "base_text": Path(self.base_source).name,
             "text": Path(self.source).name,
@@ -72,6 +75,10 @@ class Study:
             "window": WINDOW,
             "test_tokens": self.test_tokens,
         }
+
+    def _parameters(self) -> int:
+        """Of a base model."""
+        return cost_of(MambaConfig.create(**SIZES[self.size])).parameters
 
     def _split(self, source: str) -> Split:
         return split_text([source], self.folder / "texts" / Path(source).stem)

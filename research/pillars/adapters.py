@@ -1,0 +1,149 @@
+"""Pillar 3: LoRA and IA3 allotted by importance, against uniform and random allotment, IA3 alone and full fine-tuning.
+
+Base models learn one text; then each way learns another one, for as many steps. All ways with LoRA train as many
+numbers, up to what a rank is. Each has the learning rate that is best for it on the tuning text, with the first seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from research.ablation import words
+from research.ablation.document import Block, Paragraph, Table
+from research.experiments import Experiment, Laboratory
+from research.pillars.bases import NO_PILLARS
+from research.pillars.study import Study
+from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
+
+TITLE = "Hybrid adapters"
+QUESTION = "Does allotting LoRA and IA3 by importance adapt better than uniform LoRA with as many trainable numbers?"
+KEEPS = False  # whether artifacts are needed to measure further
+REFERENCE = "uniform"
+BUDGETS: dict[str, int] = {"tiny": 3000, "2m": 40_000, "10m": 120_000}  # trainable numbers, by the model's size
+RATES = (1e-3, 3e-3, 1e-2)
+_PEFT: dict[str, Any] = {
+    "scan_mode": "none",
+    "enable_masking": False,
+    "dense_share": 0.0,
+    "adapter_share": 1.0,
+    "lora_targets": ["in_proj", "x_proj", "dt_proj", "out_proj"],
+    "peft_dropout": 0.0,
+}
+_PROBED = {"importance_steps": 20}
+WAYS: dict[str, dict[str, Any]] = {
+    "importance": {**_PROBED},
+    "importance, LoRA only": {**_PROBED, "enable_ia3": False},
+    "uniform": {"allocation": "uniform"},
+    "uniform, linear": {"allocation": "uniform", "lora_targets": ["linear"]},
+    "uniform, s6": {"allocation": "uniform", "lora_targets": ["s6"]},
+    "random": {"allocation": "random"},
+    "IA3 everywhere": {"allocation": "random", "lora_share": 0.0, "ia3_share": 1.0},
+    "full fine-tuning": {},
+}
+_NAMES = {
+    "importance": "LoRA and IA3 by importance",
+    "importance, LoRA only": "LoRA by importance",
+    "uniform": "uniform LoRA",
+    "uniform, linear": "uniform LoRA, linear projections",
+    "uniform, s6": "uniform LoRA, S6 projections",
+    "random": "LoRA and IA3 at random",
+    "IA3 everywhere": "IA3 everywhere",
+    "full fine-tuning": "full fine-tuning",
+}
+
+
+def experiments(study: Study, laboratory: Laboratory) -> list[Experiment]:
+    """Every rate of every way with the first seed; then the other seeds of the best rates."""
+    first, *others = study.seeds
+    sweep = [_experiment(study, way, rate, first) for way in WAYS for rate in _rates(way)]
+    if any(laboratory.result(experiment) is None for experiment in sweep):
+        return sweep
+    return sweep + [
+        _experiment(study, way, _best_rate(study, laboratory, way), seed) for way in WAYS for seed in others
+    ]
+
+
+def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
+    """What was found.
+
+    Returns:
+        `base`: test perplexity before adaptation is not measured here, so only the ways: `perplexity` (by way, one for
+        each seed, on the test text), `rate` (the best) and `trainable` (numbers trained).
+    """
+    found: dict[str, Any] = {"perplexity": {}, "rate": {}, "trainable": {}, "memory": {}}
+    for way in WAYS:
+        rate = _best_rate(study, laboratory, way)
+        results = [laboratory.run(_experiment(study, way, rate, seed)) for seed in study.seeds]
+        found["perplexity"][way] = [result["test"]["token_perplexity"] for result in results]
+        found["rate"][way] = rate
+        found["trainable"][way] = results[0]["adapted_parameters"]
+    return found
+
+
+def lines(found: Mapping[str, Any]) -> list[Line]:
+    """Every way against uniform LoRA."""
+    return compared(found["perplexity"], REFERENCE)
+
+
+def blocks(found: Mapping[str, Any]) -> list[Block]:
+    """What the comparison says."""
+    by_way = {line.name: line for line in lines(found)}
+    hybrid = by_way["importance"]
+    rows = [
+        (_NAMES[way], f"{found['trainable'][way]:,}", f"{found['rate'][way]:g}", *table_row(line))
+        for way, line in by_way.items()
+    ]
+    share = 1 - found["trainable"]["importance"] / found["trainable"]["full fine-tuning"]
+    others = [said(by_way[way], _NAMES[way], "uniform LoRA") for way in ("importance, LoRA only", "random")]
+    return [
+        Paragraph(
+            f"At equal trainable numbers: {said(hybrid, _NAMES['importance'], 'uniform LoRA')}; "
+            f"{'; '.join(others)}. It trains {words.percent(share)} fewer numbers than full fine-tuning."
+        ),
+        Table(
+            ("way", "trained", "learning rate", *TABLE_HEADER),
+            rows,
+            note="Test perplexity after adaptation; changes are against uniform LoRA on all four projections.",
+        ),
+    ]
+
+
+def plot(found: Mapping[str, Any], axes: Any) -> None:
+    """Perplexity against trained numbers, one point for each seed."""
+    for way in WAYS:
+        values = found["perplexity"][way]
+        axes.plot([found["trainable"][way]] * len(values), values, "o", alpha=0.4, color="gray", markersize=4)
+    for way in WAYS:
+        axes.plot(found["trainable"][way], np.mean(found["perplexity"][way]), "o", label=_NAMES[way])
+    axes.set_xscale("log")
+    axes.set_xlabel("trained numbers")
+    axes.set_ylabel("test perplexity")
+    axes.legend(fontsize="small")
+
+
+def _rates(way: str) -> tuple[float, ...]:
+    return (3e-4, 1e-3, 3e-3) if way == "full fine-tuning" else RATES
+
+
+def _best_rate(study: Study, laboratory: Laboratory, way: str) -> float:
+    """By the tuning text, with the first seed."""
+
+    def tuned(rate: float) -> float:
+        validations: dict[str, float] = laboratory.run(_experiment(study, way, rate, study.seeds[0]))[
+            "validation_perplexity"
+        ]
+        return list(validations.values())[-1]
+
+    return min(_rates(way), key=tuned)
+
+
+def _experiment(study: Study, way: str, rate: float, seed: int) -> Experiment:
+    if way == "full fine-tuning":
+        return study.adapted(seed, {**NO_PILLARS, "learning_rate": rate}, f"adapters, {way}, rate {rate:g}")
+    options = {**_PEFT, **WAYS[way], "adapter_learning_rate": rate}
+    if way != "IA3 everywhere":
+        options["adapter_parameters"] = BUDGETS[study.size]
+    return study.adapted(seed, options, f"adapters, {way}, rate {rate:g}")

@@ -1,0 +1,224 @@
+"""Pillar 1: orders of the channels, by what groups of neighbours lose under them.
+
+The order changes no function. It decides which weights share an int4 scale, which four compete in a 2:4 mask, and
+which channels a block mask cuts together. Each base model is put into every order and then rounded, masked or cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.compact import Compact, compact_model, read_source
+from export.cut import channel_importance, cut_channels
+from export.order import permuted, reordered
+from export.quantize import quantize_checkpoint
+from export.texts import CALIBRATION_TOKENS, Text
+from research.ablation.document import Block, Paragraph, Table
+from research.experiments import Experiment, Laboratory
+from research.measures import quality
+from research.pillars.study import Study
+from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
+from training.masks import n_of_m_mask
+from yunmin.axes import layer_prefix
+from yunmin.checkpoint import Checkpoint
+from yunmin.corpus import read_documents, texts_of
+from yunmin.n_of_m_order import n_of_m_order, retained_magnitude
+from yunmin.perplexity import token_stream
+from yunmin.quantization.layout import Quantization
+
+TITLE = "Variable-aware scan"
+QUESTION = "Which order of the channels loses least under int4, 2:4 masks and block masks?"
+KEEPS = True  # whether artifacts are needed to measure further
+REFERENCE = "identity"
+ORDERS = ("identity", "random", "correlation", "quantization", "n:m")
+_NAMES = {
+    "identity": "as trained",
+    "random": "random",
+    "correlation": "correlation",
+    "quantization": "quantization-aware",
+    "n:m": "N:M-aware",
+}
+_BLOCK = 16
+_N, _M = 2, 4
+_MASKED = ("in_proj", "out_proj")
+_BLOCK_CUTS = {"blocks, 25 % cut": 0.25, "blocks, 50 % cut": 0.5}
+EFFECTS = ("int4, to nearest", "int4, calibrated", "2:4 masks", *_BLOCK_CUTS)
+
+
+def experiments(study: Study, _: Laboratory) -> list[Experiment]:
+    """Only base models are trained."""
+    return [study.base(seed) for seed in study.seeds]
+
+
+def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
+    """What was found.
+
+    Returns:
+        `exact`: test perplexity of the base models, one for each seed; by order `retained` (the share of magnitude that
+        2:4 masks keep) and, by effect, `perplexity` on the test text.
+    """
+    found: dict[str, Any] = {"exact": [], "retained": {}, "perplexity": {effect: {} for effect in EFFECTS}}
+    for seed in study.seeds:
+        base = study.base(seed)
+        result = laboratory.run(base, keep=True)
+        found["exact"].append(result["test"]["token_perplexity"])
+        for order in ORDERS:
+            facts = {
+                "what": "scan order",
+                "base": result["key"],
+                "measures": laboratory.result_file,
+                "order": order,
+                "effects": EFFECTS,
+            }
+            measured = laboratory.remember(facts, partial(_measured, study, laboratory, seed, order))
+            found["retained"].setdefault(order, []).append(measured["retained"])
+            for effect in EFFECTS:
+                found["perplexity"][effect].setdefault(order, []).append(measured[effect])
+    return found
+
+
+def lines(found: Mapping[str, Any]) -> dict[str, list[Line]]:
+    """By effect, every order against the one the model was trained in."""
+    tests = len(EFFECTS) * (len(ORDERS) - 1)
+    return {effect: compared(by_order, REFERENCE, tests) for effect, by_order in found["perplexity"].items()}
+
+
+def blocks(found: Mapping[str, Any]) -> list[Block]:
+    """What the comparison says."""
+    by_effect = lines(found)
+    exact = compared({"exact": found["exact"]}, "exact")[0].perplexity
+    sentences = []
+    for effect, of_effect in by_effect.items():
+        best = min(of_effect, key=lambda line: line.perplexity)
+        correlation = next(line for line in of_effect if line.name == "correlation")
+        sentences.append(
+            f"{effect}: the best is {_NAMES[best.name]}; {said(correlation, 'correlation', 'the order as trained')}"
+        )
+    rows = [
+        (effect, _NAMES[line.name], *table_row(line)) for effect, of_effect in by_effect.items() for line in of_effect
+    ]
+    kept = [
+        (_NAMES[order], f"{np.mean(values):.4f}", f"{min(values):.4f} – {max(values):.4f}")
+        for order, values in found["retained"].items()
+    ]
+    return [
+        Paragraph(". ".join(sentences) + "."),
+        Table(
+            ("effect", "order", *TABLE_HEADER),
+            rows,
+            labels=2,
+            note=f"Test perplexity; without rounding, masks or cuts it is {exact:.2f} in every order. Changes are "
+            "against the order as trained.",
+        ),
+        Table(
+            ("order", "magnitude kept by 2:4 masks", "least and most of the seeds"),
+            kept,
+            note="The share of the magnitude of W_in and W_out, in layers and seeds together.",
+        ),
+    ]
+
+
+def plot(found: Mapping[str, Any], axes: Any) -> None:
+    """Change of perplexity against the order as trained, by effect; one bar for each order."""
+    shown = [order for order in ORDERS if order != REFERENCE]
+    width = 0.8 / len(shown)
+    for number, order in enumerate(shown):
+        logs = np.array(
+            [np.log(np.array(by[order]) / np.array(by[REFERENCE])) for by in found["perplexity"].values()]
+        )  # (effects, seeds)
+        change = 100 * np.expm1(logs)
+        middle = change.mean(1)
+        ends = np.stack([middle - change.min(1), change.max(1) - middle])
+        places = np.arange(len(EFFECTS)) + (number - (len(shown) - 1) / 2) * width
+        axes.bar(places, middle, width, yerr=ends, capsize=2, label=_NAMES[order])
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_xticks(range(len(EFFECTS)), EFFECTS, fontsize="small")
+    axes.set_ylabel("change of perplexity, % (symlog)")
+    axes.legend()
+
+
+def _measured(study: Study, laboratory: Laboratory, seed: int, order: str) -> dict[str, float]:
+    base = study.base(seed)
+    source = read_source(laboratory.artifact(base))
+    study.report(f"{base.label}: order {order}")
+    calibration = _tuning_text(study, source.checkpoint)
+    compact = _ordered(compact_model(source), order, calibration, seed)
+    checkpoint = replace(source.checkpoint, config=compact.config, tensors=compact.cast(torch.float32).tensors)
+
+    def scored(changed: Checkpoint) -> float:
+        value: float = quality(changed, laboratory.measures)["token_perplexity"]
+        return value
+
+    found: dict[str, float] = {}
+    for effect, text in (("int4, to nearest", None), ("int4, calibrated", calibration)):
+        found[effect] = scored(quantize_checkpoint(checkpoint, Quantization("int4"), text, lambda _: None))
+    masked, found["retained"] = _masked(checkpoint)
+    found["2:4 masks"] = scored(masked)
+    importance = channel_importance(checkpoint, calibration)
+    for effect, share in _BLOCK_CUTS.items():
+        found[effect] = scored(cut_channels(checkpoint, [kept_in_blocks(values, share) for values in importance]))
+    return found
+
+
+def _tuning_text(study: Study, checkpoint: Checkpoint) -> Text:
+    assert checkpoint.tokenizer is not None
+    texts = texts_of(read_documents(str(study.base_text.tune)))
+    ids, _ = token_stream(checkpoint.tokenizer, texts, CALIBRATION_TOKENS)
+    return Text(torch.tensor(ids), study.base_text.tune.name)
+
+
+def _ordered(compact: Compact, order: str, text: Text, seed: int) -> Compact:
+    config = compact.config
+    match order:
+        case "identity":
+            return compact
+        case "random":
+            rng = torch.Generator().manual_seed(seed)
+            inner = [torch.randperm(width, generator=rng) for width in config.d_inner]
+            return permuted(compact, inner, torch.randperm(config.d_model, generator=rng))
+        case "n:m":
+            weights = compact.cast(torch.float32).tensors
+            inner = [n_of_m_order([weights[_weight(i, "out_proj")]], _N, _M) for i in range(config.n_layers)]
+            stream = [weights[_weight(i, "in_proj")] for i in range(config.n_layers)]
+            return permuted(compact, inner, n_of_m_order(stream, _N, _M))
+        case "correlation" | "quantization":
+            return reordered(compact, order, text, lambda _: None)
+        case _:
+            raise AssertionError(order)
+
+
+def _masked(checkpoint: Checkpoint) -> tuple[Checkpoint, float]:
+    """2:4 masks by magnitude on the projections that are masked by default, and the share of magnitude they keep."""
+    tensors, kept = dict(checkpoint.tensors), []
+    for layer in range(checkpoint.config.n_layers):
+        for projection in _MASKED:
+            name = _weight(layer, projection)
+            weight = tensors[name]
+            rows, columns = (torch.arange(size) for size in weight.shape)
+            kept.append(retained_magnitude(weight, _N, _M))
+            tensors[name] = weight * n_of_m_mask(weight.abs(), _N, _M, rows, columns)
+    return replace(checkpoint, tensors=tensors), sum(kept) / len(kept)
+
+
+def kept_in_blocks(importance: Tensor, cut: float) -> Tensor:
+    """The channels of the most important blocks of neighbours, int64, when a share of all blocks is cut.
+
+    Args:
+        importance: of each channel, in their order (D,).
+        cut: share of blocks to cut.
+    """
+    by_block = importance.view(-1, _BLOCK).sum(1)
+    kept = by_block.topk(round(by_block.numel() * (1 - cut))).indices.sort().values
+    return (kept[:, None] * _BLOCK + torch.arange(_BLOCK)).flatten()
+
+
+def _weight(layer: int, projection: str) -> str:
+    return f"{layer_prefix(layer)}mixer.{projection}.weight"
