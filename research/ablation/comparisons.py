@@ -43,6 +43,13 @@ class Comparison:
     p_holm: float | None = field(default=None)
 
     @property
+    def subject(self) -> str:
+        """What is compared, where the kind is known."""
+        if self.kind in ("baseline", "all"):
+            return self.name.removesuffix(" against baseline").removeprefix("all against ")
+        return self.name
+
+    @property
     def is_significant(self) -> bool:
         return self.p_holm is not None and self.p_holm < LEVEL
 

@@ -25,9 +25,9 @@ from research.ablation.words import change, count, interval, listed, number, p_v
 
 TOLERATED = 0.05  # rise of perplexity at which the cheapest configuration is looked for
 KINDS: dict[Kind, tuple[str, str]] = {
+    "pillar": ("Each pillar over all combinations of the others", "main effect of a pillar"),
     "baseline": ("Against the baseline", "comparison of a combination with the baseline"),
     "all": ("All three pillars against fewer", "comparison of all three pillars with fewer"),
-    "pillar": ("Each pillar over all combinations of the others", "main effect of a pillar"),
     "interaction": ("Pillars together against their sum", "interaction of pillars"),
     "setting": ("Settings of the grid", "effect of a setting"),
 }
@@ -119,20 +119,13 @@ def _family(kind: Kind, measure: str, tested: Sequence[Comparison]) -> str:
         half = percent(statistics.median(halves))
         return (
             f"{title}, {measure} perplexity: no significant {noun}; smallest corrected p {p_value(smallest.p_holm)} "
-            f"({_short(smallest)}, {change(smallest.change)}). Half an interval is {half} at the median: smaller "
+            f"({smallest.subject}, {change(smallest.change)}). Half an interval is {half} at the median: smaller "
             "effects would hardly be seen."
         )
-    effects = [f"{_short(c)} {change(c.change)} {interval(c.interval)}, p {p_value(c.p_holm)}" for c in significant]
-    others = [_short(comparison) for comparison in tested if not comparison.is_significant]
+    effects = [f"{c.subject} {change(c.change)} {interval(c.interval)}, p {p_value(c.p_holm)}" for c in significant]
+    others = [comparison.subject for comparison in tested if not comparison.is_significant]
     rest = f"; not significant: {', '.join(others)}" if others else ""
     return f"{title}, {measure} perplexity changes significantly: {'; '.join(effects)}{rest}."
-
-
-def _short(comparison: Comparison) -> str:
-    """What a comparison is about, where its kind is known."""
-    if comparison.kind in ("baseline", "all"):
-        return comparison.name.removesuffix(" against baseline").removeprefix("all against ")
-    return comparison.name
 
 
 def _best_points(found: Sequence[Configuration]) -> list[str]:

@@ -104,7 +104,7 @@ def _configurations(found: Sequence[Configuration], note: str) -> Table:
             *(quantity.text(c.costs.get(key)) for key, quantity in COSTS.items()),
             TRAINABLE.text(c.trainable),
             number(c.score),
-            ", ".join(_FRONT_NAMES[key] for key in c.fronts) or "–",
+            "all" if len(c.fronts) == len(COSTS) else ", ".join(_FRONT_NAMES[key] for key in c.fronts) or "–",
         ]
         for c in found
     ]
@@ -125,8 +125,8 @@ def _effects(conclusions: Conclusions) -> list[Block]:
 
 
 _NOTES: dict[Kind, str] = {
-    "baseline": "Below 0 % is better than the baseline.",
-    "all": "Below 0 %, all three pillars together are better than the combination.",
+    "baseline": "Below 0 %, the combination is better than the baseline.",
+    "all": "Below 0 %, all three pillars together are better than the combination in the row.",
     "pillar": "The mean over the four combinations with a pillar against that over the four without it.",
     "interaction": "Of two pillars: the effect of one in presence of the other against its effect without it, so 0 % "
     "where effects add up (in log-perplexity). Of three: how that differs with and without the third.",
@@ -138,7 +138,7 @@ def _tested_row(comparison: Comparison) -> tuple[str, ...]:
     found = comparison.found
     assert found is not None
     return (
-        comparison.name,
+        comparison.subject,
         comparison.measure,
         change(comparison.change),
         interval(comparison.interval),

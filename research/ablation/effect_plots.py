@@ -26,16 +26,16 @@ def draw_effects(figure: Any, conclusions: Conclusions) -> str:
     places: dict[tuple[str, str], float] = {}
     place = 0.0
     for kind in _GROUPS:
-        names = dict.fromkeys(c.name for c in shown if c.kind == kind)
+        names = dict.fromkeys(c.subject for c in shown if c.kind == kind)
         places |= {(kind, name): place - row for row, name in enumerate(names)}
         place -= len(names) + 1
     figure.set_size_inches(10, 2.2 + 0.42 * -place)
     axes = figure.add_subplot()
     for comparison in shown:
         offset = 0.16 * (len(measures) - 1) * (1 - 2 * measures.index(comparison.measure))
-        _forest_row(axes, comparison, places[comparison.kind, comparison.name] + offset)
+        _forest_row(axes, comparison, places[comparison.kind, comparison.subject] + offset)
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(list(places.values()), [name.removesuffix(" against baseline") for _, name in places])
+    axes.set_yticks(list(places.values()), [name for _, name in places])
     for kind, text in _GROUPS.items():
         rows = [place for (group, _), place in places.items() if group == kind]
         if rows:
@@ -54,7 +54,7 @@ def draw_effects(figure: Any, conclusions: Conclusions) -> str:
 
 
 def _effects_title(against_baseline: list[Comparison]) -> str:
-    significant = [c.name.removesuffix(" against baseline") for c in against_baseline if c.is_significant]
+    significant = [c.subject for c in against_baseline if c.is_significant]
     if not significant:
         return "No combination differs significantly from the baseline in float32"
     if len(significant) == len(against_baseline):

@@ -12,12 +12,13 @@ from research.ablation.document import Block, Bullets, Code, Heading, Image, Par
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --link: #0072B2; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1.1rem; margin-top: 1.8rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+td:not(.label) { white-space: nowrap; }
 th { background: var(--soft); cursor: pointer; } th.label, td.label { text-align: left; }
 .note, figcaption { font-size: .88rem; opacity: .8; }
 figure { margin: 1.5rem 0; }
