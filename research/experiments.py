@@ -26,13 +26,14 @@ from research.layers import layer_facts
 from research.measures import Measures, measure_artifact
 from training.checkpointing import checkpoints_of
 from training.config import RECORD_KEYS, TrainingConfig, parse_config
+from training.records import METRICS_FILE
 from training.run import CONFIG_FILE, resume, train
 from training.trainer import TrainingResult
 from yunmin import __version__
 from yunmin.artifact import load_artifact
 from yunmin.corpus import read_documents, texts_of
 from yunmin.errors import ConfigError, YunminError
-from yunmin.files import sha256_file, write_json
+from yunmin.files import atomic_file, sha256_file, write_json
 from yunmin.machine import machine_facts, memory_bytes, reset_peak_memory
 from yunmin.perplexity import token_stream
 from yunmin.quantization.layout import Format
@@ -154,7 +155,7 @@ class Laboratory:
             found = read_result(folder / MEASUREMENT_FILE)
             if found is None:
                 found = measure()
-                write_json(folder / MEASUREMENT_FILE, found)
+                write_result(folder / MEASUREMENT_FILE, found)
             return found
 
     def _run(self, experiment: Experiment, folder: Path, *, keep: bool) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class Laboratory:
         trained = read_result(folder / TRAINED_FILE)
         if trained is None or not checkpoints_of(run):
             trained = self._train(experiment, folder)
-            write_json(folder / TRAINED_FILE, trained)
+            write_result(folder / TRAINED_FILE, trained)
         begun = time.perf_counter()
         if not artifact.is_dir():
             export(run, artifact, options=Options(data=self.measures.test, quantize=experiment.quantize))
@@ -187,11 +188,11 @@ class Laboratory:
             },
             "machine": machine_facts(),
         }
+        write_result(folder / self.result_file, result)
         if not keep:
             shutil.rmtree(artifact)
             for checkpoint in checkpoints_of(run):
                 shutil.rmtree(checkpoint)
-        write_json(folder / self.result_file, result)
         return result
 
     def _train(self, experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -206,8 +207,8 @@ class Laboratory:
             raise Interrupted(f"{experiment.label} stopped after step {trained.steps} of {trained.total_steps}")
         return {
             "validation_perplexity": trained.validations,
-            "trainable_parameters": trained.trainable_parameters,
-            "adapted_parameters": list(trained.trainable_parameters.values())[-1],
+            "trainable_parameters": (trainable := trainable_by_phase(folder / "run")),
+            "adapted_parameters": list(trainable.values())[-1],
             "training_memory_bytes": memory_bytes()[1] - before,
             "seconds": time.perf_counter() - begun,
         }
@@ -239,12 +240,24 @@ class Laboratory:
         return self._digests[source]
 
 
+def trainable_by_phase(run: Path) -> dict[str, int]:
+    """How many parameters each phase of a run trained, however often the run was taken up again."""
+    lines = map(json.loads, (run / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+    return {line["phase"]: line["trainable_parameters"] for line in lines if line["kind"] == "phase"}
+
+
 def read_result(path: Path) -> dict[str, Any] | None:
     """A result that was written, or None."""
     if not path.is_file():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result, whole or not at all."""
+    with atomic_file(path) as aside:
+        write_json(aside, result)
 
 
 def hash_of(facts: Any) -> str:
