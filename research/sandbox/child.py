@@ -14,7 +14,8 @@ from research.sandbox.confine import MissingLayerError, confine
 from research.sandbox.values import NotPlainError, dumps, loads
 
 _CONFINED = "confined\n"  # a program's first line, written before any foreign code runs
-_REPLY_BYTES = 4 << 20
+_ENDED = "the program ended before it answered"
+_REPLY_LETTERS = 4 << 20
 _DETAIL_LETTERS = 500
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     role = roles[job["role"]]
     if role is _probe:
         import research.sandbox.probe  # noqa: F401 - its file cannot be read any more once this is confined
-    pipes = [os.fdopen(pipe, mode, encoding="utf-8", newline="\n") for pipe, mode in job["pipes"]]
+    pipes = [os.fdopen(pipe, mode, encoding="ascii", errors="replace", newline="\n") for pipe, mode in job["pipes"]]
     try:
         confine(job["parent"], job["cpu_s"], job["memory_bytes"])
     except MissingLayerError as error:
@@ -106,16 +107,14 @@ class _Candidate:
         try:
             _write(self._calls, line)
         except BrokenPipeError:
-            raise self._fault("the program ended before it answered") from None
+            raise self._fault(_ENDED) from None
         return self.receive()
 
     def receive(self) -> Any:
         """The program's next reply: returns its value or raises its exception."""
-        line = self._replies.readline(_REPLY_BYTES)
-        if not line:
-            raise self._fault("the program ended before it answered")
+        line = self._replies.readline(_REPLY_LETTERS)
         if not line.endswith("\n"):
-            raise self._fault(f"an answer of more than {_REPLY_BYTES} bytes")
+            raise self._fault(f"an answer of more than {_REPLY_LETTERS} letters" if line else _ENDED)
         try:
             reply = loads(line)
             if "value" in reply:

@@ -36,8 +36,7 @@ def open_doors(job: dict[str, Any]) -> list[str]:
         ),
         "reach other processes": (
             lambda: os.kill(job["parent"], 0),
-            lambda: os.sched_setaffinity(job["parent"], {0}),
-            lambda: Path("/proc/self/environ").read_bytes(),
+            lambda: Path(f"/proc/{job['parent']}/environ").read_bytes(),
         ),
         "read files": (
             secret.read_bytes,

@@ -38,7 +38,7 @@ class Limits:
     """
 
     wall_s: float = 10.0
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Sandbox:
             return Verdict(False, "its tests ended without a verdict")
         result = json.loads(text)
         if "missing" in result:
-            raise SandboxError(f"the process of the tests was not confined: no {result['missing']}")
+            raise SandboxError(f"the process of the tests was not confined: the system lacks {result['missing']}")
         if "broken" in result:
             raise DataError(f"the tests of {entry_point} cannot be run: {result['broken']}")
         return Verdict(result["passed"], result["detail"])
@@ -115,7 +115,7 @@ class Sandbox:
             return "the process that was to try it did not report"
         report = json.loads(text)
         if "missing" in report:
-            return f"it has no {report['missing']}"
+            return f"it lacks {report['missing']}"
         return f"a program could {', '.join(report['doors'])}" if report["doors"] else ""
 
     @contextlib.contextmanager

@@ -2,22 +2,26 @@
 
 Unlike pickle's and marshal's, no such text can do anything in the process that reads it but give such values. Values
 of subclasses arrive as the plain class: a dictionary that counts is a dictionary, and a number that claims to equal
-everything is just its number.
+everything is just its number. An iterator arrives as one over the values that it gives, and a binary file in memory as
+a copy of it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from fractions import Fraction
+from io import BytesIO
+from itertools import islice
 from typing import Any
 
+_ITERATED = 100_000  # values of an iterator, which can be endless
 _JSON_INTEGERS = 2**63  # larger ones travel as hexadecimal digits, whose number Python does not limit
 
 
 class NotPlainError(TypeError):
-    """A value is no plain data, for example a function, an iterator or an object of a class of one's own."""
+    """A value is no plain data, for example a function or an object of a class of one's own."""
 
 
 def dumps(value: Any) -> str:
@@ -63,6 +67,13 @@ def _pack_all(values: Iterable[Any]) -> list[Any]:
     return [_pack(value) for value in values]
 
 
+def _pack_iterator(values: Iterator[Any]) -> dict[str, Any]:
+    packed = _pack_all(islice(values, _ITERATED + 1))
+    if len(packed) > _ITERATED:
+        raise NotPlainError(f"an iterator of more than {_ITERATED} values is no plain data")
+    return {"iterator": packed}
+
+
 def _unpack(packed: Any) -> Any:
     if isinstance(packed, list):
         return [_unpack(item) for item in packed]
@@ -70,6 +81,12 @@ def _unpack(packed: Any) -> Any:
         return packed
     ((kind, content),) = packed.items()
     return _UNPACK[kind](content)
+
+
+def _file(digits: str, position: int) -> BytesIO:
+    file = BytesIO(bytes.fromhex(digits))
+    file.seek(position)
+    return file
 
 
 _PACK: dict[type, Callable[[Any], Any]] = {
@@ -88,6 +105,8 @@ _PACK: dict[type, Callable[[Any], Any]] = {
     range: lambda value: {"range": _pack_all((value.start, value.stop, value.step))},
     Decimal: lambda value: {"Decimal": Decimal.__str__(value)},
     Fraction: lambda value: {"Fraction": _pack_all((value.numerator, value.denominator))},
+    BytesIO: lambda value: {"BytesIO": [value.getvalue().hex(), value.tell()]},
+    Iterator: _pack_iterator,
 }
 _UNPACK: dict[str, Callable[[Any], Any]] = {
     "int": lambda content: int(content, 16),
@@ -101,4 +120,6 @@ _UNPACK: dict[str, Callable[[Any], Any]] = {
     "range": lambda content: range(*_unpack(content)),
     "Decimal": Decimal,
     "Fraction": lambda content: Fraction(*_unpack(content)),
+    "BytesIO": lambda content: _file(*content),
+    "iterator": lambda content: iter(_unpack(content)),
 }

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import pytest
+
+from research.sandbox.runner import Sandbox
+from yunmin.errors import SandboxError
+
+
+@pytest.fixture(scope="package")
+def sandbox() -> Sandbox:
+    try:
+        return Sandbox()
+    except SandboxError as error:
+        pytest.skip(str(error))
