@@ -52,9 +52,8 @@ def show(result: dict[str, Any]) -> str:
         shown = f"{value:.4f}" if isinstance(value, float) else str(value)
         lines.append(f"{name.replace('_', ' '):<24} {shown}{between}")
     if intervals:
-        lines.append(
-            f"in brackets: {intervals['confidence']:.0%} by bootstrap over {intervals['units']:,} {intervals['resampled']}"
-        )
+        what = f"{intervals['units']:,} {intervals['resampled']}"
+        lines.append(f"in brackets: {intervals['confidence']:.0%} by bootstrap over {what}")
     return "\n".join(lines)
 
 
