@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from research.metrics.bootstrap import bootstrap_interval
+from research.metrics.bootstrap import CONFIDENCE, bootstrap_interval
 from yunmin.errors import DataError
 
 
@@ -33,19 +33,20 @@ def score_passes(passes: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[st
     """Mean pass@k over problems, with bootstrap intervals over the problems.
 
     Args:
-        passes: for each problem, whether each of its samples passes; as many samples for each as the largest k.
+        passes: for each problem, whether each of its samples passes; at least as many samples as the largest k.
         ks: to estimate.
 
     Returns:
-        For each k, `pass@k` and `pass@k_interval`.
+        `pass@k` for each k, the number of `problems`, and `intervals`.
 
     Raises:
         DataError: no problems, or fewer samples than k.
     """
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
+    intervals: dict[str, Any] = {"confidence": CONFIDENCE, "resampled": "problems", "problems": len(passes)}
     for k in ks:
+        name = f"pass@{k}"
         estimates = [pass_at_k(len(samples), sum(samples), k) for samples in passes]
-        interval = bootstrap_interval(estimates)  # it refuses an empty list
-        found[f"pass@{k}"] = sum(estimates) / len(estimates)
-        found[f"pass@{k}_interval"] = list(interval)
-    return found
+        intervals[name] = list(bootstrap_interval(estimates))  # it refuses an empty list
+        figures[name] = math.fsum(estimates) / len(estimates)
+    return {**figures, "problems": len(passes), "intervals": intervals}

@@ -1,0 +1,177 @@
+"""Code generation: a model completes functions, and their tests decide in a sandbox (pass@k)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.metrics.pass_at_k import score_passes
+from research.models import Progress, TextModel, no_progress
+from research.sandbox.runner import Sandbox, Verdict
+from research.tasks.problem import Problem, human_eval_problems, read_problems, read_samples, write_samples
+from research.tasks.stdlib_functions import stdlib_problems
+from yunmin.corpus import read_documents, split_documents
+from yunmin.errors import DataError, RequestError
+
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a completed function is over (Chen et al. 2021)
+_KS = (1, 10, 100)
+_EMPTY = "    pass\n"
+
+Verdicts = dict[tuple[Problem, str], Verdict]
+
+
+def run(model: TextModel | None, options: argparse.Namespace, *, progress: Progress = no_progress) -> dict[str, Any]:
+    """Lets a model write programs, and judges them where the user allows it.
+
+    Args:
+        model: that writes; None to judge what is in the file `score_samples`.
+        options: of the command line: `data`, `held_out`, `limit`, `seed`, `programs`, `temperature`, `top_p`, `stop`,
+            `max_new_tokens`, `samples`, `score_samples`, `run_model_code`.
+        progress: told how many programs are judged.
+
+    Returns:
+        Without `run_model_code` only counts, and how to go on. With it pass@k, `problems`, `programs` and `intervals`.
+        Of the problems that Python's library gives, `unsolvable` ones do not count: what cannot be judged here.
+
+    Raises:
+        SandboxError: the programs shall run, and this system cannot confine them. Nothing is generated then.
+        RequestError: the options contradict each other.
+        DataError: problems or samples are missing or malformed.
+    """
+    if not options.run_model_code and (model is None or options.samples is None):
+        needed = "--score-samples" if model is None else "a score"
+        raise RequestError(
+            "--run-model-code",
+            f"{needed} needs it, since programs that a model wrote are run only if you say so; "
+            "--samples FILE writes them without running any",
+        )
+    sandbox = Sandbox() if options.run_model_code else None
+    problems = choose(_problems(options.data, options.held_out), options.limit, options.seed)
+    if model is None:
+        completions = read_samples(Path(options.score_samples), problems)
+    else:
+        completions = generate(model, problems, options)
+    if options.samples is not None:  # before anything of it runs
+        write_samples(Path(options.samples), problems, completions)
+    if sandbox is None:
+        how = f"--score-samples {options.samples} --run-model-code"
+        return {"problems": len(problems), "programs": sum(map(len, completions)), "not_scored": how}
+    result, verdicts = score(problems, completions, sandbox, progress=progress)
+    if options.samples is not None:
+        write_samples(Path(options.samples), problems, completions, verdicts)
+    return {**result, "seed": options.seed}
+
+
+def choose(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:
+    """At most `limit` of the problems, in their order; which ones depends on the seed alone."""
+    order = np.random.default_rng(seed).permutation(len(problems))
+    return [problems[i] for i in sorted(order[:limit])]
+
+
+def generate(model: TextModel, problems: Sequence[Problem], options: argparse.Namespace) -> list[list[str]]:
+    """Completions of each problem's prompt; nothing is run.
+
+    Raises:
+        RequestError: several programs are asked for at temperature 0, where all are the same.
+    """
+    if options.programs > 1 and options.temperature == 0:
+        raise RequestError("--temperature", f"expected one above 0, so that {options.programs} programs differ")
+    return model.complete(
+        [problem.prompt for problem in problems],
+        max_tokens=options.max_new_tokens or 512,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        stop=STOP if options.stop is None else [text.replace("\\n", "\n") for text in options.stop],
+        seed=options.seed,
+        n=options.programs,
+    )
+
+
+def score(
+    problems: Sequence[Problem],
+    completions: Sequence[Sequence[str]],
+    sandbox: Sandbox,
+    *,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, Any], Verdicts]:
+    """Runs each problem's tests on each of its completed programs, equal ones once.
+
+    Args:
+        problems: those of a task.
+        completions: for each problem its samples.
+        sandbox: where they run.
+        progress: told how many programs are judged.
+
+    Returns:
+        pass@1, @10 and @100, as far as all problems have so many samples, with `problems`, `programs`
+        and `intervals`; and the verdicts.
+
+    Raises:
+        DataError: tests that cannot be run, or no problem that counts.
+    """
+    solvable = _solvable(problems, sandbox, progress)
+    scored = [(problem, samples) for problem, samples in zip(problems, completions, strict=True) if problem in solvable]
+    if not scored:
+        raise DataError("code: there is no problem whose own solution passes its tests here")
+    programs = list(dict.fromkeys((problem, completion) for problem, samples in scored for completion in samples))
+    verdicts = judge_all(programs, sandbox, "programs", progress)
+    passes = [[verdicts[problem, completion].passed for completion in samples] for problem, samples in scored]
+    fewest = min(map(len, passes))
+    result = score_passes(passes, [k for k in _KS if k <= fewest])
+    counts = {"programs": sum(map(len, passes)), "unsolvable": len(problems) - len(scored) or None}
+    return {**result, **counts}, verdicts
+
+
+def judge_all(
+    programs: Sequence[tuple[Problem, str]], sandbox: Sandbox, what: str, progress: Progress = no_progress
+) -> Verdicts:
+    """Verdicts on completions of problems, as many at a time as there are processors."""
+
+    def judge(program: tuple[Problem, str]) -> Verdict:
+        problem, completion = program
+        try:
+            return sandbox.judge(problem.prompt + completion, problem.entry_point, problem.test, problem.setup)
+        except DataError as error:
+            if problem.own_body_decides:
+                return Verdict(False, str(error))
+            raise DataError(f"{problem.task_id}: {error}") from None
+
+    verdicts: Verdicts = {}
+    executor = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        for program, verdict in zip(programs, executor.map(judge, programs), strict=True):
+            verdicts[program] = verdict
+            progress(what, len(verdicts), len(programs))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return verdicts
+
+
+def _problems(source: str, held_out: float | None) -> list[Problem]:
+    if source == "stdlib":
+        if held_out is None:
+            return stdlib_problems()
+        _, documents = split_documents(read_documents("stdlib"), held_out)
+        return stdlib_problems({document.text for document in documents})
+    if held_out is not None:
+        raise RequestError("--held-out", f"divides Python sources only (stdlib), got {source}")
+    return human_eval_problems() if source == "humaneval" else read_problems(Path(source))
+
+
+def _solvable(problems: Sequence[Problem], sandbox: Sandbox, progress: Progress) -> set[Problem]:
+    """Problems that count: where it is not certain, the own solution must pass, and an empty one must not."""
+    uncertain = [problem for problem in problems if problem.own_body_decides]
+    known = [(problem, body) for problem in uncertain for body in (problem.canonical_solution or "", _EMPTY)]
+    verdicts = judge_all(known, sandbox, "known solutions", progress)
+    failing = {
+        problem
+        for problem in uncertain
+        if not verdicts[problem, problem.canonical_solution or ""].passed or verdicts[problem, _EMPTY].passed
+    }
+    return set(problems) - failing
