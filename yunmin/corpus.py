@@ -32,8 +32,8 @@ def read_documents(source: str) -> list[Document]:
     """Reads a data source.
 
     Args:
-        source: `stdlib` (or one of its parts, `stdlib:code` and `stdlib:reference`), a text file, a `.jsonl` file (lines
-            with `text`, or `prompt` and `completion`), a folder of text files, or the name of a Hugging Face dataset
+        source: `stdlib` (or one of its parts, `stdlib:code` and `stdlib:reference`), a text file, a `.jsonl` file
+            (lines with `text`, or `prompt` and `completion`), a folder of text files, or the name of a Hugging Face dataset
             (`name` or `name:config`, its `text` column) when online.
 
     Returns:

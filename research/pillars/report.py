@@ -37,9 +37,10 @@ def page(module_name: str, found: Mapping[str, Any], image: str) -> list[Block]:
     scored = f"{s['test_tokens']:,} test tokens, window and stride {s['window']}"
     rests = (
         f"Models of about {s['parameters']:,} parameters; {text}; {words.count(s['seeds'], 'seed')}; base models of "
-        f"{trained}, all of {s['window']} tokens. Trained, tuned and reported on texts that share no document; {scored}. "
-        "Changes are means over seeds of paired differences of log-perplexity, intervals Student's t, p-values of paired "
-        "t-tests with Holm's correction over all tests of the comparison."
+        f"{trained}, all of {s['window']} tokens. Trained, tuned and reported on texts that share no document; "
+        f"{scored}. "
+        "Changes are means over seeds of paired differences of log-perplexity, intervals Student's t, p-values of "
+        "paired t-tests with Holm's correction over all tests of the comparison."
     )
     return [
         Paragraph(module.QUESTION),
