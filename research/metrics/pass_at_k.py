@@ -43,7 +43,7 @@ def score_passes(passes: Sequence[Sequence[bool]], ks: Sequence[int]) -> dict[st
         DataError: no problems, or fewer samples than k.
     """
     figures: dict[str, Any] = {}
-    intervals: dict[str, Any] = {"confidence": CONFIDENCE, "resampled": "problems", "problems": len(passes)}
+    intervals: dict[str, Any] = {"confidence": CONFIDENCE, "resampled": "problems", "units": len(passes)}
     for k in ks:
         name = f"pass@{k}"
         estimates = [pass_at_k(len(samples), sum(samples), k) for samples in passes]
