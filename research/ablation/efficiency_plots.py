@@ -54,11 +54,12 @@ def _cost(configuration: Configuration, key: str) -> float | None:
 
 def _front_panel(axes: Any, found: Sequence[Configuration], key: str, quantity: Quantity) -> None:
     points = [(c, cost / quantity.divisor) for c in found if (cost := _cost(c, key)) is not None]
-    for configuration, cost in points:
-        colour, marker = MARKS[configuration.combination]
-        size = 16 if configuration.combination == "baseline" else 9
+    for combination in dict.fromkeys(c.combination for c, _ in points):
+        own = [(cost, c.perplexity[MEASURES[0]]) for c, cost in points if c.combination == combination]
+        colour, marker = MARKS[combination]
+        size = 16 if combination == "baseline" else 9
         edge = {"markeredgecolor": "black", "markeredgewidth": 0.5, "alpha": 0.8}
-        axes.plot(cost, configuration.perplexity[MEASURES[0]], marker, color=colour, markersize=size, zorder=3, **edge)
+        axes.plot(*zip(*own, strict=True), marker, color=colour, markersize=size, zorder=3, **edge)
     on_front = {found[place].name for place in front(found, (key,))}
     edges = sorted((cost, c.perplexity[MEASURES[0]]) for c, cost in points if c.name in on_front)
     axes.step(*zip(*edges, strict=True), where="post", color="#444444", linewidth=1.5, zorder=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from research.ablation.conclusions import Conclusions
@@ -12,6 +13,7 @@ from research.ablation.significance import LEVEL, ROUNDING, smallest_wilcoxon
 from research.ablation.words import p_value
 
 _MOST_FAILED = 30
+_SHOWN_OTHERWISE = ("base_models", "command")
 _METHOD = """
 Pairs: two experiments are compared within one seed, which gives them the same base model and the same data in the same
 order, at the same values of those settings that both depend on. A combination that does not depend on a setting has
@@ -37,8 +39,7 @@ Choices (best point, lowest perplexity of a combination) are made on the {chosen
 Averages of perplexity are geometric.
 
 Parameters, bytes, FLOPs and state are exact counts of the exported artifact. Times are medians on the machine named
-above; between configurations of one shape they differ by chance. Memory is the peak of resident memory while training,
-above that before.
+above. Memory is the peak of resident memory while training, above that before.
 """
 
 
@@ -58,7 +59,8 @@ def method(conclusions: Conclusions) -> list[Block]:
 def what_was_run(
     conclusions: Conclusions, results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> list[Block]:
-    facts = [*_flat(settings), *_texts(results), *_machines(results)]
+    shown = {key: value for key, value in settings.items() if key not in _SHOWN_OTHERWISE}
+    facts = [*_flat(shown), *_base_models(settings), *_texts(results), *_machines(results)]
     seconds = [sum((result.get("seconds") or {}).values()) for result in results]
     facts.append(("hours of work", f"{sum(seconds) / 3600:.2f}"))
     blocks: list[Block] = [Heading(2, "What was run"), Table(("setting", "value"), facts, labels=2)]
@@ -70,6 +72,13 @@ def what_was_run(
             Table(("experiment", "reason"), rows, labels=2, note=left_out),
         ]
     return blocks
+
+
+def _base_models(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = [
+        f"{base['test']['token_perplexity']:.2f} (seed {base['seed']})" for base in settings.get("base_models") or ()
+    ]
+    return [("perplexity of the test text before the task was learned", ", ".join(found))] if found else []
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
@@ -95,11 +104,16 @@ def _texts(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         if test.get("tokens") is not None
     }
     texts = {
-        "trained on": {", ".join(map(str, training.get("data", ()))) for training in trainings},
-        "tuned on": {", ".join(map(str, training.get("validation_data", ()))) for training in trainings},
+        "trained on": {_names(training.get("data", ())) for training in trainings},
+        "tuned on": {_names(training.get("validation_data", ())) for training in trainings},
         "reported on": terms,
     }
     return [(label, "; ".join(sorted(found - {""}))) for label, found in texts.items() if found - {""}]
+
+
+def _names(sources: Sequence[str]) -> str:
+    """Sources without the folders of this machine."""
+    return ", ".join(Path(source).name if Path(source).is_absolute() else source for source in sources)
 
 
 def _machines(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
