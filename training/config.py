@@ -94,11 +94,13 @@ class TrainingConfig(BaseModel):
     )
     scan_start: Literal["identity", "random"] = Field("identity", description="the first order")
     scan_update_frequency: Count = Field(1000, description="steps between two orders")
-    scan_objective: Literal["correlation", "quantization"] = Field(
-        "correlation", description="neighbours are correlated channels, or ones whose weights share an int4 scale well"
+    scan_objective: Literal["correlation", "quantization", "n:m"] = Field(
+        "correlation",
+        description="neighbours are correlated channels, ones whose weights share an int4 scale well, or ones of which "
+        "an N:M mask keeps most",
     )
     scan_gradient_weighted: bool = Field(
-        False, description="weigh correlations by gradients; not read by scan_objective=quantization"
+        False, description="weigh correlations by gradients; read by scan_objective=correlation alone"
     )
 
     # pillar 2: masking

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from training.config import TrainingConfig
 from training.gating import mixers_of
 from training.scan_order import VariableScanOptimizer
 from yunmin.model import MambaLM
+from yunmin.n_of_m_order import n_of_m_order
 from yunmin.quantization.order import Grouped, quantization_order
 
 _POSITIONS = 256  # observed per step and layer: enough for a correlation over many steps, and cheap
@@ -38,7 +39,7 @@ class ScanOrders:
                 start=config.scan_start,
                 mode="static" if config.scan_mode == "static" else "dynamic",
                 generator=generator,
-                objective=self._group_quantization(layer) if config.scan_objective == "quantization" else None,
+                objective=self._objective(layer),
             )
             for layer, inner in enumerate(model.config.d_inner)
         ]
@@ -93,15 +94,22 @@ class ScanOrders:
             prefix = f"scan.{layer}."
             scan.load_statistics({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
 
-    def _group_quantization(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """Orders a layer's channels for the weights it has when the order is solved."""
+    def _objective(self, layer: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Orders a layer's channels for the weights it has when the order is solved; None for correlations."""
 
-        def objective(order: Tensor, mean_squares: Tensor) -> Tensor:
-            mixer = mixers_of(self.model)[layer]
-            x_proj, out_proj = (p.weight.detach().float().cpu() for p in (mixer.x_proj, mixer.out_proj))
+        def quantization(order: Tensor, mean_squares: Tensor) -> Tensor:
+            x_proj, out_proj = self._weights(layer, ("x_proj", "out_proj"))
             return quantization_order([Grouped(x_proj, mean_squares.float()), Grouped(out_proj)], order)
 
-        return objective
+        def n_of_m(order: Tensor, _mean_squares: Tensor) -> Tensor:
+            masked = [name for name in ("x_proj", "out_proj") if name in self.config.mask_targets] or ["out_proj"]
+            return n_of_m_order(self._weights(layer, masked), self.config.mask_n, self.config.mask_m, order)
+
+        return {"quantization": quantization, "n:m": n_of_m}.get(self.config.scan_objective)
+
+    def _weights(self, layer: int, projections: Sequence[str]) -> list[Tensor]:
+        mixer = mixers_of(self.model)[layer]
+        return [getattr(mixer, name).weight.detach().float().cpu() for name in projections]
 
     def _observer(self, layer: int) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:

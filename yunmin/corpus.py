@@ -33,7 +33,7 @@ def read_documents(source: str) -> list[Document]:
 
     Args:
         source: `stdlib` (or one of its parts, `stdlib:code` and `stdlib:reference`), a text file, a `.jsonl` file
-            (lines with `text`, or `prompt` and `completion`), a folder of text files, or the name of a Hugging Face dataset
+            (lines with `text`, or `prompt` and `completion`), a folder of text files, or a Hugging Face dataset's name
             (`name` or `name:config`, its `text` column) when online.
 
     Returns:

@@ -68,7 +68,7 @@ class Run:
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"channel_gates": "block", "gate_estimator": "hard_concrete", "weight_mask": "n:m"},
+    {"channel_gates": "block", "gate_estimator": "hard_concrete", "weight_mask": "n:m", "scan_objective": "n:m"},
     {"weight_mask": "element", "mask_targets": ("in_proj", "x_proj"), "scan_mode": "static"},
     {"scan_mode": "none", "uniform_widths": False, "scan_start": "random", "lora_targets": ("out_proj", "in_proj")},
     {"enable_masking": False, "scan_gradient_weighted": True},
