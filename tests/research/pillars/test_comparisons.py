@@ -1,0 +1,132 @@
+"""What the comparisons say of numbers whose meaning is known, and one run from text to page."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from research.ablation.jobs import run_here
+from research.pillars import runner
+from research.pillars.__main__ import COMPARISONS, main
+from research.pillars.adapters import WAYS
+from research.pillars.masking import CUTS, RANKINGS
+from research.pillars.pipeline import WAYS as PIPELINES
+from research.pillars.report import page, update_section
+from research.pillars.scan_orders import EFFECTS, ORDERS, kept_in_blocks
+from research.pillars.study import Study
+from research.pillars.summary import compared, said
+from yunmin.cli import run
+from yunmin.errors import DataError
+
+NOISE = (1.0, 1.01, 0.995)
+
+
+def _values(level: float, spread: float = 0.02) -> list[float]:
+    """Perplexities of three seeds: seeds differ by more than methods, methods by not quite the same in each."""
+    return [level * noise + spread * number for number, noise in enumerate(NOISE)]
+
+
+def _found(name: str) -> dict[str, Any]:
+    """A result in which every method is worse than the one before it."""
+    found: dict[str, Any] = {"settings": Study(Path("nowhere"), "stdlib", "stdlib").describe()}
+    match name:
+        case "scan_orders":
+            of_effect = {order: _values(20 + n / 2, 0.02 * (n > 0)) for n, order in enumerate(ORDERS)}
+            found |= {"exact": _values(19), "retained": {order: [0.75, 0.76, 0.77] for order in ORDERS}}
+            found["perplexity"] = dict.fromkeys(EFFECTS, of_effect)
+        case "masking":
+            of_cut = {r: {"before": _values(40 + n), "after": _values(20 + n, n / 50)} for n, r in enumerate(RANKINGS)}
+            found |= {"dense": _values(18), "perplexity": dict.fromkeys(CUTS, of_cut)}
+        case "adapters":
+            found["perplexity"] = {way: _values(30 + n, n / 50) for n, way in enumerate(WAYS)}
+            found |= {"rate": dict.fromkeys(WAYS, 1e-3), "trainable": dict.fromkeys(WAYS, 1000)}
+            found["trainable"]["full fine-tuning"] = 100_000
+        case _:
+            names = [f"{way}, {stored}" for way in PIPELINES for stored in ("float32", "int8", "int4")]
+            found["perplexity"] = {name: _values(30 + n, n / 50) for n, name in enumerate(names)}
+            cost = {"weight_bytes": 8_000_000, "state_bytes": 10_000}
+            found |= {"cost": dict.fromkeys(names, cost), "threads": 1, "cpu": "a processor"}
+            found["timing"] = {name: {"prefill_ms": 4.0, "decode_ms": 0.5} for name in names}
+    return found
+
+
+CLAIMS = {
+    "scan_orders": "int4, to nearest: the best is as trained; correlation worse than the order as trained (+5.1 %",
+    "masking": "50 % of channels: learned gates better than by activations (",
+    "adapters": "LoRA and IA3 by importance better than uniform LoRA (",
+    "pipeline": "three pillars, float32: three pillars, float32 worse than dense, float32 (+10.2 %",
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS.values())
+def test_a_page_says_in_words_what_its_numbers_say(name: str) -> None:
+    text = "\n".join(getattr(block, "text", "") for block in page(name, _found(name), "plot.png"))
+    assert CLAIMS[name] in text.replace("−", "-"), text
+
+
+@pytest.mark.parametrize("name", COMPARISONS.values())
+def test_a_section_is_renewed_with_its_plot_and_the_rest_stays(tmp_path: Path, name: str) -> None:
+    document = tmp_path / "pillars.md"
+    document.write_text(f"before\n<!-- begin {name} -->\nold\n<!-- end {name} -->\nafter\n")
+    for _ in range(2):
+        update_section(document, name, _found(name), name)
+    lines = document.read_text().splitlines()
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    assert f"(pillars/{name}.png)" in document.read_text()
+    assert (tmp_path / "pillars" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_document_without_the_section_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("nothing here\n")
+    with pytest.raises(DataError, match="expected one line <!-- begin masking -->"):
+        update_section(tmp_path / "other.md", "masking", _found("masking"), "masking")
+
+
+def test_changes_are_paired_by_seed_and_corrected_for_all_tests() -> None:
+    series = {"a": [20.0, 30.0, 40.0], "b": [21.0, 31.6, 42.1], "c": [19.0, 33.0, 40.5]}
+    alone, b, c = compared(series, "a")
+    assert alone.found is None
+    assert b.change == pytest.approx(
+        math.prod(x / y for x, y in zip(series["b"], series["a"], strict=True)) ** (1 / 3) - 1
+    )
+    assert b.found is not None and c.found is not None
+    assert b.p == pytest.approx(2 * (b.found.p_t or 0))
+    assert compared(series, "a", tests=20)[1].p == pytest.approx(20 * (b.found.p_t or 0))
+    assert said(c, "c", "a").startswith("no significant difference between c and a (")
+
+
+def test_whole_blocks_are_kept_in_the_order_of_their_channels() -> None:
+    importance = torch.cat([torch.full((16,), value) for value in (3.0, 1.0, 4.0, 2.0)])
+    assert kept_in_blocks(importance, 0.5).tolist() == [*range(16), *range(32, 48)]
+
+
+@pytest.mark.parametrize("arguments", [["masking", "--seeds", "0"], ["masking", "--steps", "0"]])
+def test_impossible_numbers_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, arguments) == 1
+    assert f"{arguments[1]} must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_from_text_to_page_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "run_in_workers", lambda jobs, laboratory, *_: run_here(jobs, laboratory))
+    arguments = ["scan-order", "--size", "tiny", "--seeds", "2", "--base-steps", "12", "--base", "stdlib:reference"]
+    arguments += ["--test-tokens", "512", "--output", str(tmp_path)]
+    assert run(main, arguments) == 0
+    first = capsys.readouterr()
+    assert "2 of 2: base tiny, seed 1: test perplexity" in first.err
+    assert "| int4, to nearest | random |" in first.out
+    assert run(main, arguments) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert "perplexity" not in second.err
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "scan-order-tiny.md",
+        "scan-order-tiny.json",
+        "scan-order-tiny.png",
+    }
