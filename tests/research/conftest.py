@@ -6,7 +6,7 @@ from research.sandbox.runner import Sandbox
 from yunmin.errors import SandboxError
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def sandbox() -> Sandbox:
     try:
         return Sandbox()
