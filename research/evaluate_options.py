@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _group(arguments: argparse.ArgumentParser, title: str, text: str) -> argparse._ArgumentGroup:
     """A group of options, with a text that the parser would not wrap."""
-    return arguments.add_argument_group(title, textwrap.fill(text, _WIDTH))
+    return arguments.add_argument_group(title, textwrap.fill(text, _WIDTH, break_on_hyphens=False))
 
 
 # options that belong to some tasks only, and what they are where they are not given
