@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def tokenizer() -> Tokenizer:
 def model_folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     """A random small model with tokenizer, as a Hugging Face folder."""
     return write_model(tmp_path / "model", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_already_is_no_garbage() -> None:
+    """Exports collect garbage many times; a look through all that is imported would be most of their time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 _FOLDER = Path(__file__).resolve().parents[1] / ".venv-peers"
 _BUILD_S = 300
@@ -20,6 +21,12 @@ def peer_python(name: str, *requirements: str) -> Path:
         requirements: what pip installs; other ones than before make it again.
     """
     venv = _FOLDER / name
+    _FOLDER.mkdir(exist_ok=True)
+    with FileLock(_FOLDER / f"{name}.lock"):  # tests that run beside one another may want the same
+        return _made(venv, *requirements)
+
+
+def _made(venv: Path, *requirements: str) -> Path:
     python, stamp = venv / "bin" / "python", venv / ".installed"
     wanted = "\n".join([sys.version, *requirements])
     if not stamp.is_file() or stamp.read_text() != wanted:
