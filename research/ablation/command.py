@@ -157,12 +157,12 @@ def _runner(options: argparse.Namespace, workers: int) -> Runner:
     if options.ray is not None:
         from research.ablation.ray_runner import run_on_ray
 
-        return partial(run_on_ray, address=options.ray)
+        return partial(run_on_ray, address=options.ray, workers=workers)
     return run_here if workers == 1 else partial(run_in_workers, count=workers, threads=1)
 
 
 def _results(study: Study, plan: Plan) -> list[dict[str, Any]]:
-    with Progress(len(plan.todo) + len(plan.bases)) as progress:
+    with Progress() as progress:
         if study.recipes.settings.trials is None:
             results = study.perform(plan.settings, progress)
         else:

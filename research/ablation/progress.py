@@ -15,13 +15,12 @@ class Progress:
     """Lines and a bar.
 
     Args:
-        total: experiments to be done, base models included.
         stream: where to write; None for stderr.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._total, self._done = total, 0
+        self._total = self._done = 0
         self._begun = time.monotonic()
         self._bar: Any = None
         if self._stream.isatty():
@@ -33,7 +32,7 @@ class Progress:
                 raise MissingExtraError("rich", "research", "the progress bar") from None
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
             self._bar = Bar(*columns, console=Console(file=self._stream))
-            self._task = self._bar.add_task("", total=total, left="")
+            self._task = self._bar.add_task("", left="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -52,8 +51,10 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def more(self, count: int) -> None:
-        """There are more experiments to be done."""
+        """There are more experiments to be done, base models included."""
         self._total += count
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._total)
 
     def finished(self, done: Done) -> None:
         """Shows how an experiment ended."""
@@ -67,7 +68,7 @@ class Progress:
         left = self._left()
         self.line(f"[{self._done}/{self._total}] {label}: {text}{f'; {left}' if left and self._bar is None else ''}")
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, total=self._total, left=left)
+            self._bar.update(self._task, completed=self._done, left=left)
 
     def _left(self) -> str:
         """How long it will still take, at the pace so far."""

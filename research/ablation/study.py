@@ -80,6 +80,7 @@ class Study:
         }
         errors: dict[str, str] = {}
         bases = self._bases_to_do([setting_of[key] for key in jobs])
+        progress.more(len(bases) + len(jobs))
         with closing(self._run([*self._base_jobs(bases), *jobs.values()], self.laboratory)) as ends:  # type: ignore[type-var]
             for done in ends:
                 progress.finished(done)
