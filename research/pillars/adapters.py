@@ -23,7 +23,7 @@ QUESTION = "Does allotting LoRA and IA3 by importance adapt better than uniform 
 KEEPS = False  # whether artifacts are needed to measure further
 REFERENCE = "uniform"
 BUDGETS: dict[str, int] = {"tiny": 3000, "2m": 40_000, "10m": 120_000}  # trainable numbers, by the model's size
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 _PEFT: dict[str, Any] = {
     "scan_mode": "none",
     "enable_masking": False,
