@@ -13,6 +13,7 @@ from research.ablation.outcome import Outcome, has_pillar
 from research.ablation.plot_parts import BLUE, heat_map, title
 
 _PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+_MOST_LAYERS = 6  # of panels that stand side by side
 _KINDS = {"lora": "LoRA", "ia3": "IA3", "frozen": "frozen"}
 
 
@@ -35,7 +36,7 @@ def draw_sparsity(figure: Any, conclusions: Conclusions) -> str:
     table = [[100 * statistics.fmean(shares) for shares in zip(*found, strict=True)] for found in rows.values()]
     labels = [f"{name}, target {target:g}".removesuffix(", target nan") for name, target in rows]
     n_layers = len(table[0])
-    figure.set_size_inches(max(8, 4 + 0.8 * n_layers), 2 + 0.45 * len(rows))
+    figure.set_size_inches(max(8, 4 + 0.6 * n_layers), 2 + 0.45 * len(rows))
     axes = figure.add_subplot()
     heat_map(axes, table, "cividis", "{:.0f}", (0, 100))
     axes.set_yticks(range(len(labels)), labels)
@@ -59,14 +60,17 @@ def draw_allocation(figure: Any, conclusions: Conclusions) -> str:
     if not recorded:
         return "no experiment with adapters recorded its allocation"
     n_layers = 1 + max(int(name.split(".")[0]) for found in recorded for names in found.values() for name in names)
-    figure.set_size_inches(max(11, 5 + 1.5 * n_layers), 4.2)
+    is_deep = n_layers > _MOST_LAYERS
+    figure.set_size_inches(*((2.5 + 0.55 * n_layers, 8) if is_deep else (11, 4.2)))
+    panels = figure.subplots(*((len(_KINDS), 1) if is_deep else (1, len(_KINDS))), sharex=True, sharey=True)
     shares = {kind: _shares(recorded, kind, n_layers) for kind in _KINDS}
-    for index, (axes, kind) in enumerate(zip(figure.subplots(1, len(_KINDS), sharey=True), _KINDS, strict=True)):
+    for axes, kind in zip(panels, _KINDS, strict=True):
         heat_map(axes, shares[kind], "cividis", "{:.0f}", (0, 100))
         axes.set_xticks(range(n_layers))
         axes.set_yticks(range(len(_PROJECTIONS)), _PROJECTIONS)
+        axes.set_title(f"{_KINDS[kind]}, % of {len(recorded)} experiments", loc="left")
+    for axes in panels[-1:] if is_deep else panels:
         axes.set_xlabel("layer")
-        axes.set_title(f"{_KINDS[kind]}, % of {len(recorded)}" if index == 0 else f"{_KINDS[kind]}, %", loc="left")
     title(figure, _allocation_title(shares["lora"]))
     return ""
 
@@ -97,7 +101,7 @@ def draw_correlation(figure: Any, conclusions: Conclusions) -> str:
     if not recorded:
         return "no experiment with a scan order recorded its correlations"
     n_layers = len(recorded[0]["before"])
-    figure.set_size_inches(max(8, 3 + 0.9 * n_layers), 5)
+    figure.set_size_inches(max(8, 3 + 0.5 * n_layers), 5)
     axes = figure.add_subplot()
     means: dict[str, list[float]] = {}
     for key, colour, marker, offset in (("before", "#777777", "o", -0.08), ("after", BLUE, "D", 0.08)):
