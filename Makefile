@@ -18,8 +18,9 @@ install: $(STAMP)  ## make $(VENV) and install yunmin with its development tools
 quickstart: $(STAMP)  ## train, export, serve and measure a small Mamba on real text, in minutes
 	@PATH="$(abspath $(BIN)):$$PATH" python -m benchmarks.quickstart
 
-test: $(STAMP)  ## run all tests, the slow ones included
-	@$(BIN)/python -m pytest
+# a file's tests run in one process, in order; the longest file is not among the last
+test: $(STAMP)  ## run all tests, the slow ones included, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## check format, style, types and the direction of imports
 	@$(BIN)/ruff format --check .
@@ -69,5 +70,5 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "make: $$found cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }; \
 	fi
 	@echo "installing yunmin and the tested versions of what it needs into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@

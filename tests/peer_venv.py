@@ -32,7 +32,7 @@ def _made(venv: Path, *requirements: str) -> Path:
     if not stamp.is_file() or stamp.read_text() != wanted:
         commands = [
             [sys.executable, "-m", "venv", "--clear", str(venv)],
-            [str(python), "-m", "pip", "install", "--quiet", *requirements],
+            [str(python), "-m", "pip", "install", "--quiet", "--no-compile", *requirements],
         ]
         try:
             for command in commands:

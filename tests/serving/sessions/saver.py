@@ -1,13 +1,16 @@
-"""A process to be killed: saves versions of sessions as fast as it can, and says which are acknowledged.
+"""Processes to be killed: each saves versions of sessions as fast as it can, and says which are acknowledged.
 
-`python -m tests.serving.sessions.saver disk|shared PLACE` prints `ID VERSION` after each save, and `ID -` before it
-deletes a fork. Each state is the version repeated, so a reader can tell a whole one.
+`python -m tests.serving.sessions.saver disk|shared PLACE` forks one for each line that it reads, and prints `killed`
+when that one is. It prints its own id, `ID VERSION` after each save, and `ID -` before it deletes a fork. Each state is
+the version repeated, so a reader can tell a whole one.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from serving.sessions.disk import DiskStore
 from serving.sessions.shared import SharedStore
@@ -27,7 +30,17 @@ def open_store(kind: str, place: Path) -> Store:
 
 
 def main(kind: str, place: str) -> None:
-    """Saves until it is killed."""
+    """Imports once what takes a second, and forks."""
+    for _ in sys.stdin:
+        child = os.fork()
+        if not child:
+            print(os.getpid(), flush=True)
+            _save(kind, place)
+        os.waitpid(child, 0)
+        print("killed", flush=True)
+
+
+def _save(kind: str, place: str) -> NoReturn:
     store = open_store(kind, Path(place))
     records = [record for record in store.records(10_000) if record.parent is None]
     while len(records) < SESSIONS:

@@ -41,37 +41,42 @@ def test_after_kill_9_every_session_is_whole_or_absent_and_none_acknowledged_is_
     # the last version that each session must have; 0 where it may be gone
     acknowledged: dict[str, int] = {}
     rng = random.Random(5)
-    for _ in range(12):
-        with subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.sessions.saver", kind, str(place)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            lines = [process.stdout.readline()]  # it has begun
+    command = [sys.executable, "-m", "tests.serving.sessions.saver", kind, str(place)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as forking:
+        assert forking.stdin is not None
+        assert forking.stdout is not None
+        for _ in range(12):
+            forking.stdin.write("\n")
+            saving = int(forking.stdout.readline())
+            lines = [forking.stdout.readline()]  # it has begun
             time.sleep(rng.uniform(0.0, 0.25))
-            process.send_signal(signal.SIGKILL)
-            lines += process.stdout.readlines()
-        for line in lines:
-            if line.endswith("\n"):
+            os.kill(saving, signal.SIGKILL)
+            lines += iter(forking.stdout.readline, "killed\n")
+            for line in lines:
                 session_id, said = line.split()
                 acknowledged[session_id] = 0 if said == "-" else int(said)
-        store = open_store(kind, place)
-        found = {record.id: record for record in store.records(10_000)}
-        for session_id, version in acknowledged.items():
-            if version:
-                assert session_id in found, f"{session_id} was acknowledged and is gone"
-                assert found[session_id].version in (version, version + 1)
-        for session_id, record in found.items():
-            loaded = store.load(session_id)
-            assert loaded is not None
-            assert loaded[1] == state_of(record.version if record.parent is None else int(loaded[1][:8]))
-            acknowledged[session_id] = record.version
-        if kind == "disk":
-            assert len(list((place / "states").iterdir())) <= len(found)
-        store.close()
+            _check(kind, place, acknowledged)
     assert max(acknowledged.values()) > 12
+
+
+def _check(kind: str, place: Path, acknowledged: dict[str, int]) -> None:
+    """Compares what a store holds with what was acknowledged, and notes what is there."""
+    store = open_store(kind, place)
+    found = {record.id: record for record in store.records(10_000)}
+    for session_id, version in acknowledged.items():
+        if version:
+            assert session_id in found, f"{session_id} was acknowledged and is gone"
+            assert found[session_id].version in (version, version + 1)
+    for session_id, record in found.items():
+        loaded = store.load(session_id)
+        assert loaded is not None
+        assert loaded[1] == state_of(record.version if record.parent is None else int(loaded[1][:8]))
+        acknowledged[session_id] = record.version
+    if kind == "disk":
+        assert len(list((place / "states").iterdir())) <= len(found)
+    store.close()
 
 
 def test_a_disk_that_is_full_is_one_error_and_the_old_version_stays(tmp_path: Path) -> None:
