@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from research.sandbox.runner import Sandbox
 from research.sandbox.syscalls import filter_program
 
 ALLOWED, REFUSED, KILLED = 0x7FFF0000, 0x00050001, 0x80000000
@@ -86,3 +87,20 @@ def test_calls_in_another_architecture_s_manner_end_the_process() -> None:
 
 def test_an_architecture_without_a_list_has_no_filter() -> None:
     assert filter_program("riscv64") is None
+
+
+def test_the_kernel_refuses_every_call_that_is_not_listed(sandbox: Sandbox) -> None:
+    machine = os.uname().machine
+    architecture = {"x86_64": X86_64, "aarch64": AARCH64}[machine]
+    numbers = [*range(600), *(0x40000000 + n for n in range(600))]
+    # no filter is asked about uretprobe and uprobe, which kernels have for their own debuggers: who calls them dies
+    numbers = [number for number in numbers if number not in (335, 336)]
+    refused = [number for number in numbers if decision(machine, architecture, number) == REFUSED]
+    program = """import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+def answer(number):
+    return libc.syscall(number, 0, 0, 0, 0, 0, 0), errno.errorcode[ctypes.get_errno()]
+"""
+    tests = f"for n in {refused}: assert answer(n) == (-1, 'EPERM'), n"
+    assert len(refused) > 1000
+    assert sandbox.judge(program, "answer", tests).detail == ""
