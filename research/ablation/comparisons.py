@@ -54,6 +54,11 @@ class Comparison:
         return self.p_holm is not None and self.p_holm < LEVEL
 
     @property
+    def is_identical(self) -> bool:
+        """Whether no seed shows any difference."""
+        return self.found is not None and self.found.interval == (0.0, 0.0)
+
+    @property
     def change(self) -> float | None:
         """Of the perplexity, as a share of it."""
         return None if self.found is None else math.expm1(self.found.mean)

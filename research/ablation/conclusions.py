@@ -92,7 +92,7 @@ def _significance(outcomes: Sequence[Outcome], comparisons: Sequence[Comparison]
     tested = [comparison for comparison in comparisons if comparison.p_holm is not None]
     seeds = count(len({outcome.seed for outcome in outcomes}), "seed")
     if not tested:
-        reason = f"a test needs experiments that differ in their seed, and there is {seeds}"
+        reason = f"a test needs pairs of experiments in several seeds that differ, and there is {seeds}"
         return [f"Nothing is tested: {reason}. The differences below may be chance."]
     significant = [comparison for comparison in tested if comparison.is_significant]
     if significant:
@@ -103,15 +103,18 @@ def _significance(outcomes: Sequence[Outcome], comparisons: Sequence[Comparison]
     sentences = [first]
     for kind in KINDS:
         for measure in MEASURES:
-            these = [c for c in tested if c.kind == kind and c.measure == measure]
-            if these:
+            these = [c for c in comparisons if c.kind == kind and c.measure == measure]
+            if any(comparison.p_holm is not None for comparison in these):
                 sentences.append(_family(kind, measure, these))
     return sentences
 
 
-def _family(kind: Kind, measure: str, tested: Sequence[Comparison]) -> str:
-    """One sentence on the tests of a kind."""
+def _family(kind: Kind, measure: str, comparisons: Sequence[Comparison]) -> str:
+    """One sentence on the comparisons of a kind."""
     title, noun = KINDS[kind]
+    tested = [comparison for comparison in comparisons if comparison.p_holm is not None]
+    identical = [comparison.subject for comparison in comparisons if comparison.is_identical]
+    same = f"; no difference at all: {', '.join(identical)}" if identical else ""
     significant = [comparison for comparison in tested if comparison.is_significant]
     if not significant:
         smallest = min(tested, key=lambda c: c.p_holm or 0.0)
@@ -119,13 +122,13 @@ def _family(kind: Kind, measure: str, tested: Sequence[Comparison]) -> str:
         half = percent(statistics.median(halves))
         return (
             f"{title}, {measure} perplexity: no significant {noun}; smallest corrected p {p_value(smallest.p_holm)} "
-            f"({smallest.subject}, {change(smallest.change)}). Half an interval is {half} at the median: smaller "
+            f"({smallest.subject}, {change(smallest.change)}){same}. Half an interval is {half} at the median: smaller "
             "effects would hardly be seen."
         )
     effects = [f"{c.subject} {change(c.change)} {interval(c.interval)}, p {p_value(c.p_holm)}" for c in significant]
     others = [comparison.subject for comparison in tested if not comparison.is_significant]
     rest = f"; not significant: {', '.join(others)}" if others else ""
-    return f"{title}, {measure} perplexity changes significantly: {'; '.join(effects)}{rest}."
+    return f"{title}, {measure} perplexity changes significantly: {'; '.join(effects)}{rest}{same}."
 
 
 def _best_points(found: Sequence[Configuration]) -> list[str]:

@@ -149,8 +149,14 @@ def _tested_row(comparison: Comparison) -> tuple[str, ...]:
         p_value(found.p_wilcoxon),
         str(found.n),
         str(comparison.pairs),
-        "yes" if comparison.is_significant else "no" if comparison.p_holm is not None else "not tested",
+        _verdict(comparison),
     )
+
+
+def _verdict(comparison: Comparison) -> str:
+    if comparison.p_holm is None:
+        return "identical" if comparison.is_identical else "not tested"
+    return "yes" if comparison.is_significant else "no"
 
 
 def _plots(names: Sequence[str], not_drawn: Mapping[str, str] | None) -> list[Block]:

@@ -23,6 +23,7 @@ Units: the points of a grid in one seed share their base model and are no indepe
 difference of log-perplexity, the mean over its pairs; tests and intervals count seeds.
 
 Differences of at most {rounding:g} nats per token come from the order of sums, and are taken as 0.
+Experiments that differ by no more in any seed are identical, and nothing is tested.
 
 Tests: the paired t-test, two-sided, at {level:.0f} %, corrected after Holm for all {tests} tests of this report
 together, which holds however they depend on each other. With few seeds its normal distribution is an assumption.

@@ -50,8 +50,9 @@ def paired(differences: Sequence[float], rounding: float = ROUNDING) -> Paired:
         rounding: what is at most this far from 0 is 0.
 
     Returns:
-        One unit is not tested. Nor are units that all differ by the same amount other than 0: they repeat one
-        experiment, and are no independent evidence.
+        One unit is not tested. Nor are differences that are all 0, which leave nothing to test: two ways to compute
+        the same. Nor are units that all differ by the same amount: they repeat one experiment, and are no independent
+        evidence.
 
     Raises:
         MissingExtraError: scipy is not installed.
@@ -65,7 +66,7 @@ def paired(differences: Sequence[float], rounding: float = ROUNDING) -> Paired:
     if n == 1:
         return Paired(n, mean)
     if not any(values):
-        return Paired(n, 0.0, (0.0, 0.0), 0.0, None, 1.0, 1.0)
+        return Paired(n, 0.0, (0.0, 0.0))
     deviation = statistics.stdev(values)
     if deviation <= 1e-9 * abs(mean):
         return Paired(n, mean)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -67,8 +67,23 @@ def test_report_says_where_nothing_is_significant(tmp_path: Path) -> None:
 
 def test_report_of_one_seed_says_that_nothing_is_tested(tmp_path: Path) -> None:
     text, _ = _written(tmp_path, made_up(seeds=1, grid=SMALL))
-    assert "Nothing is tested: a test needs experiments that differ in their seed, and there is 1 seed." in text
+    assert (
+        "Nothing is tested: a test needs pairs of experiments in several seeds that differ, and there is 1 seed."
+        in text
+    )
     assert "not tested" in text
+
+
+def test_experiments_that_compute_the_same_are_called_identical(tmp_path: Path) -> None:
+    results = made_up(seeds=3, grid=SMALL)
+    named = {(r["combination"], str(r["point"]), r["seed"]): r for r in results}
+    for (combination, point, seed), result in named.items():
+        if combination == "scan":
+            same = named["baseline", point, seed]["test"]["token_perplexity"]
+            result["test"] = {"token_perplexity": same * (1 + 1e-7 * seed)}
+    text, _ = _written(tmp_path, results)
+    assert "; no difference at all: scan." in text
+    assert "| scan | float32 | 0 % | [0 %, 0 %] | – | – | – | – | – | 3 | 3 | identical |" in text
 
 
 def test_report_without_a_finished_experiment_says_so(tmp_path: Path) -> None:
@@ -172,6 +187,7 @@ def test_missing_packages_are_named(
         write_report(tmp_path, made_up(seeds=2, grid=SMALL), SETTINGS, plots=True)
 
 
+@settings(deadline=None)  # a busy machine is no error
 @given(st.text(alphabet="ab1 *_`[]()<>|\\&;#+-.!~$:=/\n", min_size=1, max_size=30).filter(str.strip))
 def test_no_text_is_taken_for_markup(text: str) -> None:
     line = " ".join(text.split())

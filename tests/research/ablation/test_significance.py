@@ -51,7 +51,7 @@ def test_repetitions_of_one_experiment_are_not_tested() -> None:
 
 def test_differences_of_rounding_are_none() -> None:
     found = paired([1e-6, 2e-6, 1.5e-6])
-    assert (found.mean, found.p_t, found.p_wilcoxon) == (0.0, 1.0, 1.0)
+    assert (found.mean, found.interval, found.p_t, found.p_wilcoxon) == (0.0, (0.0, 0.0), None, None)
 
 
 def test_holm_corrects_as_in_the_textbook() -> None:
