@@ -163,7 +163,10 @@ def _problems(source: str, held_out: float | None) -> list[Problem]:
         if held_out is None:
             return stdlib_problems()
         _, documents = split_documents(read_documents("stdlib"), held_out)
-        return stdlib_problems({document.text for document in documents})
+        found = stdlib_problems({document.text for document in documents})
+        if not found:
+            raise DataError(f"--held-out: {held_out:g} of Python's library has no function with examples; take more")
+        return found
     if held_out is not None:
         raise RequestError("--held-out", f"divides Python sources only (stdlib), got {source}")
     return human_eval_problems() if source == "humaneval" else read_problems(Path(source))

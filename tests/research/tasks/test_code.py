@@ -13,10 +13,12 @@ import pytest
 
 from research.metrics.pass_at_k import pass_at_k
 from research.sandbox.runner import Sandbox
+from research.tasks import code
 from research.tasks.code import STOP, choose, judge_all, run, score
 from research.tasks.problem import Problem, human_eval_problems, read_problems, read_samples, write_samples
 from tests.models import write_model
 from yunmin.cli import main
+from yunmin.corpus import read_documents, split_documents
 from yunmin.errors import DataError, RequestError
 from yunmin.tokenizer import Tokenizer
 
@@ -190,6 +192,25 @@ def test_tests_that_cannot_be_run_are_named_by_their_problem(file: Path, sandbox
 def test_equal_programs_are_not_asked_for() -> None:
     with pytest.raises(RequestError, match="--temperature: expected one above 0, so that 5 programs differ"):
         run(None or Writer([]), options(data="humaneval", samples="x", programs=5))  # type: ignore[arg-type]
+
+
+def test_problems_are_divided_as_training_divides_the_library(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del sandbox
+    given: list[Any] = []
+
+    def record(texts: Any) -> list[Problem]:
+        given.append(texts)
+        return []
+
+    monkeypatch.setattr(code, "stdlib_problems", record)
+    with pytest.raises(DataError, match=r"0\.05 of Python's library has no function"):
+        run(None, options(data="stdlib", held_out=0.05, score_samples="x", run_model_code=True))
+    _, documents = split_documents(read_documents("stdlib"), 0.05)
+    assert given == [{document.text for document in documents}]
+    with pytest.raises(RequestError, match="--held-out: divides Python sources only"):
+        run(None, options(data="humaneval", held_out=0.05, score_samples="x", run_model_code=True))
 
 
 def test_a_limit_takes_the_same_problems_for_a_seed() -> None:
