@@ -31,4 +31,9 @@ def run(model: TextModel, options: argparse.Namespace) -> dict[str, Any]:
         return found | {f"{kind}_{name}": value for name, value in found.items()}
 
     task = GenerationTask(KIND, TEMPLATE, ("\n",), 32, options.no_answer, score)
-    return run_task(task, model, options) | {"no_answer": options.no_answer}
+    result = run_task(task, model, options) | {"no_answer": options.no_answer}
+    if "unanswerable_f1" not in result:  # the figures of the others are those of all
+        for found in (result, result["intervals"]):
+            for name in ("answerable_exact_match", "answerable_f1"):
+                del found[name]
+    return result

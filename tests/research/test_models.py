@@ -18,7 +18,7 @@ from research.local_model import LocalModel
 from research.models import Scored, TextModel, open_model
 from research.perplexity import evaluate_perplexity
 from research.remote_model import RemoteModel, split_text
-from tests.models import TEXT, small_config, trained_tokenizer, write_model
+from tests.models import TEXT, random_pillars, small_config, trained_tokenizer, write_model
 from tests.research.served import remote, served
 from yunmin.errors import ConfigError, DataError, RequestError, TokenizerError
 from yunmin.language_model import LanguageModel
@@ -106,6 +106,18 @@ def test_a_long_sequence_is_read_on_from_its_state(model: LanguageModel, monkeyp
     for found, expected in zip(LocalModel(model).score(sequences, first), whole, strict=True):
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
         assert found.greedy.tolist() == expected.greedy.tolist()
+
+
+def test_a_checkpoint_with_gates_is_scored_and_generates_as_it_was_trained(tmp_path: Path) -> None:
+    config = small_config(n_tokens=290)
+    folder = write_model(tmp_path / "trained", config, tokenizer=TOKENIZER, pillars=random_pillars(config))
+    trained = yunmin.load(folder, device="cpu")
+    assert trained.runtime.name == "torch"
+    sequences = [TOKENIZER.encode(TEXT)[:20], TOKENIZER.encode(TEXT)[5:40]]
+    for scored, sequence in zip(LocalModel(trained).score(sequences), sequences, strict=True):
+        np.testing.assert_allclose(scored.logprobs, by_hand(trained, sequence).logprobs, atol=1e-4)
+    (found,) = LocalModel(trained).complete(["def"], max_tokens=8)
+    assert found == [trained.generate("def", max_tokens=8, temperature=0).text]
 
 
 def test_a_place_from_which_nothing_is_scored_is_refused(model: LanguageModel) -> None:

@@ -102,6 +102,16 @@ def test_saying_nothing_is_right_only_where_there_is_no_answer(questions: Path) 
     assert result["unanswerable_f1"] == 1.0
 
 
+def test_where_every_question_has_an_answer_there_is_one_kind_of_figures(questions: Path) -> None:
+    questions.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[:2]))
+    result = question_answering.run(Scripted("red"), options(questions))
+    assert (result["exact_match"], "answerable_f1" in result, "answerable_f1" in result["intervals"]) == (
+        0.5,
+        False,
+        False,
+    )
+
+
 def test_examples_that_are_shown_are_not_asked(questions: Path) -> None:
     for seed in range(4):
         model = Scripted("x")
