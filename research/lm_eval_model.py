@@ -37,16 +37,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
 
     Args:
         model: that answers.
+        seed: of tasks that sample.
 
     Raises:
         TokenizerError: it has no end-of-text token, which the harness puts before texts.
     """
 
-    def __init__(self, model: TextModel) -> None:
+    def __init__(self, model: TextModel, seed: int = 0) -> None:
         super().__init__()
         if model.tokenizer.eos_id is None:
             raise TokenizerError(f"{model.name}: its tokenizer has no end-of-text token, which lm-eval needs")
         self._model = model
+        self._seed = seed
         self._eos_id: int = model.tokenizer.eos_id
         self._known: dict[str, list[int]] = {}  # texts of the requests at hand
 
@@ -95,7 +97,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
         found = [""] * len(requests)
         for indices in groups.values():
             sampling = _sampling(requests[indices[0]].args[1])
-            texts = self._model.complete([requests[i].args[0] for i in indices], **sampling)
+            texts = self._model.complete([requests[i].args[0] for i in indices], seed=self._seed, **sampling)
             for index, (text,) in zip(indices, texts, strict=True):
                 found[index] = text
         return found
@@ -116,13 +118,13 @@ def _sampling(asked: Mapping[str, Any]) -> dict[str, Any]:
             "generation_kwargs", f"{unknown[0]} is not supported, expected {', '.join(sorted(_GENERATION))}"
         )
     until = asked.get("until") or []
-    temperature = float(asked.get("temperature") or 0.0)
+    temperature = asked.get("temperature")
+    draws = asked.get("do_sample", bool(temperature))
     return {
         "max_tokens": int(asked.get("max_gen_toks", _NEW_TOKENS)),
-        "temperature": temperature if asked.get("do_sample", temperature > 0) else 0.0,
+        "temperature": float(1.0 if temperature is None else temperature) if draws else 0.0,
         "top_p": float(asked.get("top_p", 1.0)),
         "stop": [until] if isinstance(until, str) else [text for text in until if text],
-        "seed": 0,
     }
 
 
@@ -150,7 +152,7 @@ def run_lm_eval(model: TextModel, options: argparse.Namespace) -> dict[str, Any]
     try:
         with without_bars:
             found = lm_eval.simple_evaluate(
-                model=HarnessModel(model),
+                model=HarnessModel(model, options.seed),
                 tasks=names,
                 task_manager=_task_manager(names, options.lm_eval_include),
                 num_fewshot=options.few_shot,

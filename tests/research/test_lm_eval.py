@@ -111,7 +111,9 @@ def test_every_kind_of_request_is_what_the_logits_say(harness_model: Any, model:
     assert rolling == pytest.approx([wanted[0], 0.0, wanted[1]], rel=1e-5)
 
     asked = [("The quick", {"until": ["q"], "max_gen_toks": 20}), ("def", {"max_gen_toks": 3, "do_sample": False})]
+    asked += [("x", {"max_gen_toks": 9, "do_sample": True})] * 2
     texts = harness_model.generate_until(requests(*asked))
+    assert texts[2:] == [model.generate("x", max_tokens=9, seed=seed).text for seed in (0, 1)]
     assert texts[0] == model.generate("The quick", max_tokens=20, temperature=0, stop=["q"]).text
     assert texts[1] == model.generate("def", max_tokens=3, temperature=0).text
 
