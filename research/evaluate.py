@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from research.evaluate_options import LM_EVAL, TASKS, parse_options
@@ -25,8 +26,8 @@ def main(argv: list[str]) -> int:
         if options.task == "code":
             from research.tasks import code
 
-            model = None if options.score_samples else _open(options, progress)
-            result = code.run(model, options, progress=progress)
+            open_model = None if options.score_samples else partial(_open, options, progress)
+            result = code.run(open_model, options, progress=progress)
         elif options.task == LM_EVAL:
             from research.lm_eval_model import run_lm_eval
 

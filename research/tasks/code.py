@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ _EMPTY = "    pass\n"
 Verdicts = dict[tuple[Problem, str], Verdict]
 
 
-def run(model: TextModel | None, options: argparse.Namespace, *, progress: Progress = no_progress) -> dict[str, Any]:
+def run(
+    open_model: Callable[[], TextModel] | None, options: argparse.Namespace, *, progress: Progress = no_progress
+) -> dict[str, Any]:
     """Lets a model write programs, and judges them where the user allows it.
 
     Args:
-        model: that writes; None to judge what is in the file `score_samples`.
+        open_model: gives the model that writes, once all else is found to be in order; None to judge what is in the
+            file `score_samples`.
         options: of the command line: `data`, `held_out`, `limit`, `seed`, `programs`, `temperature`, `top_p`, `stop`,
             `max_new_tokens`, `samples`, `score_samples`, `run_model_code`.
         progress: told how many programs are judged.
@@ -44,19 +47,21 @@ def run(model: TextModel | None, options: argparse.Namespace, *, progress: Progr
         RequestError: the options contradict each other.
         DataError: problems or samples are missing or malformed.
     """
-    if not options.run_model_code and (model is None or options.samples is None):
-        needed = "--score-samples" if model is None else "a score"
+    if not options.run_model_code and (open_model is None or options.samples is None):
+        needed = "--score-samples" if open_model is None else "a score"
         raise RequestError(
             "--run-model-code",
             f"{needed} needs it, since programs that a model wrote are run only if you say so; "
             "--samples FILE writes them without running any",
         )
+    if options.programs > 1 and options.temperature == 0:
+        raise RequestError("--temperature", f"expected one above 0, so that {options.programs} programs differ")
     sandbox = Sandbox() if options.run_model_code else None
     problems = choose(_problems(options.data, options.held_out), options.limit, options.seed)
-    if model is None:
+    if open_model is None:
         completions = read_samples(Path(options.score_samples), problems)
     else:
-        completions = generate(model, problems, options)
+        completions = generate(open_model(), problems, options)
     if options.samples is not None:  # before anything of it runs
         write_samples(Path(options.samples), problems, completions)
     if sandbox is None:
@@ -75,13 +80,7 @@ def choose(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Pr
 
 
 def generate(model: TextModel, problems: Sequence[Problem], options: argparse.Namespace) -> list[list[str]]:
-    """Completions of each problem's prompt; nothing is run.
-
-    Raises:
-        RequestError: several programs are asked for at temperature 0, where all are the same.
-    """
-    if options.programs > 1 and options.temperature == 0:
-        raise RequestError("--temperature", f"expected one above 0, so that {options.programs} programs differ")
+    """Completions of each problem's prompt; nothing is run."""
     return model.complete(
         [problem.prompt for problem in problems],
         max_tokens=options.max_new_tokens or 512,
