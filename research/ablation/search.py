@@ -48,7 +48,7 @@ def search(study: Study, progress: Progress) -> list[dict[str, Any]]:
 
     def do(settings_of: Mapping[int, list[Setting]]) -> None:
         """Does the experiments of some trials, by number."""
-        settings = [s for own in settings_of.values() for s in own]
+        settings = list(dict.fromkeys(s for own in settings_of.values() for s in own))
         found.update(zip(settings, study.perform(settings, progress), strict=True))
 
     def tell(settings_of: Mapping[int, list[Setting]]) -> None:

@@ -21,7 +21,7 @@ class Texts:
     """Files of JSON lines.
 
     Attributes:
-        base: what base models are trained on; none of it belongs to the task.
+        base: what base models are trained on, where there are any; none of it belongs to the task.
         task: the task's text, divided.
     """
 
@@ -39,20 +39,21 @@ def prepare_texts(settings: Settings, folder: Path) -> Texts:
     Raises:
         DataError: a source is unknown or empty, or too short to divide.
     """
-    record = {"data": list(settings.data), "base_documents": settings.base_documents}
+    base_documents = 0 if settings.checkpoint is not None else settings.base_documents
+    record = {"data": list(settings.data), "base_documents": base_documents}
     train, tune, test = (folder / f"{part}.jsonl" for part in _PARTS)
     texts = Texts(folder / "base.jsonl", Split(train, tune, test, _name(settings)))
     if (folder / _RECORD).is_file() and json.loads((folder / _RECORD).read_text(encoding="utf-8")) == record:
         return texts
-    documentation = _documentation()
     sources = list(settings.data)
     if not sources:
-        write_documents(folder / "documentation.jsonl", documentation)
+        write_documents(folder / "documentation.jsonl", _documentation())
         sources = [str(folder / "documentation.jsonl")]
     split_text(sources, folder, tune_share=_SHARE, test_share=_SHARE)
-    not_base = {*documentation, *(d for source in sources for d in read_documents(source))}
-    code = [d for d in read_documents("stdlib") if d not in not_base] or read_documents(str(train))
-    write_documents(texts.base, code[:: -(-len(code) // settings.base_documents)])
+    if base_documents:
+        others = {*_documentation(), *(d for source in sources for d in read_documents(source))}
+        code = [d for d in read_documents("stdlib") if d not in others] or read_documents(str(train))
+        write_documents(texts.base, code[:: -(-len(code) // base_documents)])
     with atomic_file(folder / _RECORD) as aside:
         write_json(aside, record)
     return texts

@@ -51,9 +51,14 @@ class Trackers:
 
     def _tensorboard(self, result: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
-        with SummaryWriter(str(self._folder / "tensorboard")) as writer:
-            writer.add_hparams(settings_of(result), measures_of(result), run_name=run_name(result))
+        measures = measures_of(result)
+        with SummaryWriter(str(self._folder / "tensorboard" / run_name(result))) as writer:
+            for summary in hparams(settings_of(result), measures):  # `add_hparams` would make a folder in the folder
+                writer.file_writer.add_summary(summary)
+            for name, value in measures.items():
+                writer.add_scalar(name, value)
 
     def _wandb(self, result: Mapping[str, Any]) -> None:
         import wandb
