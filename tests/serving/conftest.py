@@ -9,6 +9,7 @@ import pytest
 
 import yunmin
 from tests.serving.fixtures import YUNMIN, Running, server, write_model
+from tests.serving.refusals import Refusals, refusals
 from yunmin.language_model import LanguageModel
 
 
@@ -29,4 +30,10 @@ def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     limits += ["--max-tokens", "100000", "--max-body-bytes", "20000", "--deadline-s", "60", "--threads", "1"]
     limits += ["--chat-template", "chatml"]
     with server([*YUNMIN, "serve", str(model_folder), "--port", "0", "--device", "cpu", *limits], log) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Refusals]:
+    with refusals() as started:
         yield started

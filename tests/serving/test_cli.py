@@ -13,6 +13,7 @@ import pytest
 
 from serving.settings import read_settings, require_artifact, variables
 from tests.serving.fixtures import ROOT, YUNMIN, free_port, server, write_model
+from tests.serving.refusals import Refusals
 from yunmin.artifact import write_manifest
 from yunmin.config import MambaConfig
 from yunmin.cost import cost_of
@@ -28,15 +29,6 @@ def artifact_at(folder: Path) -> Path:
     cost = cost_of(MambaConfig.from_file(folder / "config.json"))
     write_manifest(folder, provenance={"source": "test"}, before=cost, after=cost, cuts=[], parity={})
     return folder
-
-
-def serve(*arguments: str, environ: dict[str, str] | None = None) -> tuple[int, str]:
-    """Status and stderr of a `yunmin serve` that must end by itself."""
-    done = subprocess.run(
-        [*YUNMIN, "serve", *arguments], capture_output=True, text=True, timeout=120, env=os.environ | (environ or {})
-    )
-    assert done.stdout == ""
-    return done.returncode, done.stderr
 
 
 def test_settings_come_from_the_environment() -> None:
@@ -62,7 +54,7 @@ def test_no_artifact_is_an_error() -> None:
 
 
 @pytest.mark.slow
-def test_a_bad_artifact_is_one_line_and_a_failure(tmp_path: Path) -> None:
+def test_a_bad_artifact_is_one_line_and_a_failure(serve: Refusals, tmp_path: Path) -> None:
     def refused(folder: Path, expected: str) -> None:
         status, errors = serve(str(folder), "--port", "0", "--device", "cpu")
         assert status == 1
@@ -84,7 +76,7 @@ def test_a_bad_artifact_is_one_line_and_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_impossible_options_are_one_line(model_folder: Path) -> None:
+def test_impossible_options_are_one_line(serve: Refusals, model_folder: Path) -> None:
     for arguments, expected in (
         (["--slots", "0"], "YUNMIN_SLOTS"),
         (["--device", "toaster"], "toaster"),

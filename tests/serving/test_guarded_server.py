@@ -18,6 +18,7 @@ import pytest
 
 import yunmin
 from tests.serving.fixtures import ROOT, YUNMIN, Running, server, write_model
+from tests.serving.refusals import Refusals
 
 pytestmark = pytest.mark.slow
 
@@ -151,9 +152,7 @@ def test_bentomls_own_settings_turn_traces_on(folders: tuple[Path, Path], tmp_pa
     assert done.returncode == 0, done.stderr
 
 
-def test_a_key_file_with_a_mistake_is_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    from tests.serving.test_cli import serve
-
+def test_a_key_file_with_a_mistake_is_one_line(serve: Refusals, folders: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_text('[keys.a]\nkey = "secret-a"\nconcurrent = 0\n')
     for arguments, expected in (
         (["--api-key-file", str(tmp_path / "keys.toml")], "keys.a.concurrent"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 import httpx
-from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from tests.serving.fixtures import Running
 
@@ -20,6 +20,7 @@ _ARGUMENTS = (
     "--disable-component-update --disable-sync"
 ).split()
 _PATIENCE_MS = 60_000  # machines are slow at times; nothing here waits that long otherwise
+expect.set_options(timeout=_PATIENCE_MS)
 
 
 @contextlib.contextmanager

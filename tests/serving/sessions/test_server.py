@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 
 from serving.sessions.disk import DiskStore
 from tests.serving.fixtures import YUNMIN, Running, server
+from tests.serving.refusals import Refusals
 from yunmin.language_model import LanguageModel
 
 
@@ -84,17 +84,18 @@ def test_two_servers_on_one_store_serve_one_session_in_turn(
 
 
 @pytest.mark.slow
-def test_a_folder_in_use_or_two_places_are_one_line_and_a_failure(model_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_or_two_places_are_one_line_and_a_failure(
+    serve: Refusals, model_folder: Path, tmp_path: Path
+) -> None:
     store = DiskStore(tmp_path / "kept", 1 << 20, 10)
-    command = [*YUNMIN, "serve", str(model_folder), "--port", "0", "--device", "cpu"]
-    command += ["--session-dir", str(tmp_path / "kept")]
     for more, expected in (
         ([], "another process keeps its sessions there"),
         (["--session-url", "memory://x"], "expected one place for sessions, both are set"),
         (["--states", str(tmp_path / "none")], "expected a folder of named states"),
     ):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1
-        assert expected in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        kept = ["--session-dir", str(tmp_path / "kept"), *more]
+        status, errors = serve(str(model_folder), "--port", "0", "--device", "cpu", *kept)
+        assert status == 1
+        assert expected in errors
+        assert len(errors.splitlines()) == 1
     store.close()
