@@ -14,7 +14,7 @@ works in containers, too. What rests on what:
 | no signal to and no look into other processes | seccomp: no kill, ptrace or the like; fcntl without F_SETOWN |
 | reads Python's library and the system's, nothing else | Landlock |
 | writes, makes, changes and removes no file | seccomp: no call for it, no opening to write; also Landlock |
-| limited time | SIGKILL by the parent, a limit on CPU time, SIGKILL if the parent dies |
+| limited time | a limit on processor time, SIGKILL by the parent after some more, SIGKILL if the parent dies |
 | limited memory | a limit on address space: with one process, that is all there is |
 | no secrets | an environment of three fixed variables, no open file but the pipes of its own |
 | no privileges, for root either | no_new_privs, no capabilities |

@@ -14,7 +14,7 @@ from research.sandbox.confine import MissingLayerError, confine
 from research.sandbox.values import NotPlainError, dumps, loads
 
 _CONFINED = "confined\n"  # a program's first line, written before any foreign code runs
-_ENDED = "the program ended before it answered"
+_ENDED = "the program ended before it answered, or used up its processor time"
 _REPLY_LETTERS = 4 << 20
 _DETAIL_LETTERS = 500
 

@@ -33,11 +33,13 @@ class Limits:
     """What a program and its tests may use, each.
 
     Attributes:
-        wall_s: seconds for both together, their start included; also the limit of each one's processor time.
+        cpu_s: seconds of processor time, so that what a program may do depends little on how busy the machine is.
+        wall_s: seconds for both together, their start included, against those that sleep.
         memory_bytes: address space.
     """
 
-    wall_s: float = 10.0
+    cpu_s: int = 10
+    wall_s: float = 30.0
     memory_bytes: int = 1 << 29
 
 
@@ -126,7 +128,7 @@ class Sandbox:
             "role": role,
             "pipes": [(pipe.fileno(), "w" if pipe.writable() else "r") for pipe in pipes],
             "parent": os.getpid(),
-            "cpu_s": math.ceil(self.limits.wall_s),
+            "cpu_s": self.limits.cpu_s,
             "memory_bytes": self.limits.memory_bytes,
         }
         with tempfile.TemporaryFile() as file:
