@@ -19,7 +19,7 @@ from research.ablation.efficiency import (
     configurations,
     decisive,
 )
-from research.ablation.outcome import COSTS, MEASURES, Outcome, read_outcomes
+from research.ablation.outcome import COSTS, MEASURES, Outcome, has_pillar, read_outcomes
 from research.ablation.significance import LEVEL
 from research.ablation.words import change, count, interval, listed, number, p_value, percent
 
@@ -82,7 +82,7 @@ def conclude(results: Sequence[dict[str, Any]]) -> Conclusions:
     comparisons, found = compare(outcomes), configurations(outcomes)
     claims = check_claims(outcomes)
     first, *effects = _significance(outcomes, comparisons)
-    sentences = [first, *_best_points(found), *effects, *_on_claims(claims)]
+    sentences = [first, *_best_points(found), *effects, *_on_claims(claims), *_kept_orders(outcomes)]
     if not outcomes:
         sentences = ["No experiment finished, so there is nothing to conclude."]
     return Conclusions(outcomes, failed, comparisons, found, best(found), claims, sentences)
@@ -155,6 +155,18 @@ def _best_points(found: Sequence[Configuration]) -> list[str]:
         else:
             sentences.append(f"No configuration needs fewer FLOPs than the baseline at {limit}.")
     return sentences
+
+
+def _kept_orders(outcomes: Sequence[Outcome]) -> list[str]:
+    """Which combinations were to learn an order of channels and learned none."""
+    learned: dict[str, bool] = {}
+    for outcome in outcomes:
+        found = (outcome.result.get("layers") or {}).get("scan_correlation")
+        if found and has_pillar(outcome.combination, "scan"):
+            changed = found["before"] != found["after"]
+            learned[outcome.combination] = changed or learned.get(outcome.combination, False)
+    kept = [name for name, was_learned in learned.items() if not was_learned]
+    return [f"No order was learned in {listed(kept)}: channels stayed as they started."] if kept else []
 
 
 def _on_claims(claims: Sequence[Claim]) -> list[str]:

@@ -67,6 +67,8 @@ def _front_panel(axes: Any, found: Sequence[Configuration], key: str, quantity: 
     if min(costs) > 0 and max(costs) / min(costs) > 20:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:,g}")
+    else:
+        axes.locator_params(axis="x", nbins=6)
     if max(perplexities) / min(perplexities) > 3:
         axes.set_yscale("log")
     axes.set(xlabel=quantity.label, ylabel="perplexity of the test text")
@@ -81,6 +83,8 @@ def draw_surface(figure: Any, conclusions: Conclusions) -> str:
         return "no combination with masking and adapters finished"
     fullest = max((c.combination for c in both), key=COMBINATIONS.index)
     shown = [c for c in both if c.combination == fullest]
+    if len({tuple(c.point[key] for key in _SETTINGS) for c in shown}) < 2:
+        return "one rank and one sparsity are no surface"
     panels: list[tuple[str, Callable[[Configuration], float | None], str]] = [
         ("perplexity of the test text", lambda c: c.perplexity[MEASURES[0]], "cividis_r"),
         ("score, over the baseline's", lambda c: c.score, "cividis"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from research.ablation.conclusions import Conclusions
 from research.ablation.outcome import Outcome, has_pillar
-from research.ablation.plot_parts import BLUE, heat_map, title
+from research.ablation.plot_parts import MARKS, heat_map, title
 
 _PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 _MOST_LAYERS = 6  # of panels that stand side by side
@@ -97,26 +97,41 @@ def _allocation_title(lora: Sequence[Sequence[float]]) -> str:
 
 def draw_correlation(figure: Any, conclusions: Conclusions) -> str:
     """The correlation of neighbouring channels in each layer, before and after the order was learned."""
-    recorded = [found for _, found in _layers(conclusions.outcomes, "scan_correlation", "scan")]
+    recorded: dict[str, list[Mapping[str, Sequence[float]]]] = defaultdict(list)
+    for outcome, found in _layers(conclusions.outcomes, "scan_correlation", "scan"):
+        recorded[outcome.combination].append(found)
     if not recorded:
         return "no experiment with a scan order recorded its correlations"
-    n_layers = len(recorded[0]["before"])
-    figure.set_size_inches(max(8, 3 + 0.5 * n_layers), 5)
+    n_layers = len(next(iter(recorded.values()))[0]["before"])
+    figure.set_size_inches(max(10, 3 + 0.7 * n_layers), 5.5)
     axes = figure.add_subplot()
-    means: dict[str, list[float]] = {}
-    for key, colour, marker, offset in (("before", "#777777", "o", -0.08), ("after", BLUE, "D", 0.08)):
-        by_layer = list(zip(*(found[key] for found in recorded), strict=True))  # layers of experiments
-        means[key] = [statistics.fmean(values) for values in by_layer]
-        places = [layer + offset for layer in range(n_layers)]
-        axes.vlines(places, [min(v) for v in by_layer], [max(v) for v in by_layer], color=colour, linewidth=2.5)
-        label = "as the channels started" if key == "before" else "in the learned order"
-        axes.plot(places, means[key], marker, color=colour, markersize=10, label=label)
+    started = [found["before"] for experiments in recorded.values() for found in experiments]
+    _by_layer(axes, started, -0.32, "as the channels started", "#777777", "_")
+    for index, (combination, experiments) in enumerate(recorded.items()):
+        colour, marker = MARKS[combination]
+        learned = [found["after"] for found in experiments]
+        _by_layer(axes, learned, 0.16 * index - 0.16, f"learned: {combination}", colour, marker)
     axes.set_xticks(range(n_layers))
-    axes.margins(x=0.1)
+    axes.margins(x=0.05)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="layer", ylabel="mean |correlation| of neighbours")
     axes.grid(visible=True, axis="y", alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2)
-    before, after = (statistics.fmean(means[key]) for key in ("before", "after"))
+    figure.legend(loc="outside lower center", ncols=3)
+    before = statistics.fmean(value for values in started for value in values)
+    after = statistics.fmean(value for found in recorded.values() for one in found for value in one["after"])
     title(figure, f"Neighbours in scan order: mean |correlation| from {before:.2f} to {after:.2f}")
     return ""
+
+
+def _by_layer(
+    axes: Any, experiments: Sequence[Sequence[float]], offset: float, label: str, colour: str, marker: str
+) -> None:
+    """Means over experiments, with lines from the smallest to the largest."""
+    by_layer = list(zip(*experiments, strict=True))  # layers of experiments
+    places = [layer + offset for layer in range(len(by_layer))]
+    axes.vlines(places, [min(v) for v in by_layer], [max(v) for v in by_layer], color=colour, linewidth=2.5)
+    look = {"markersize": 10, "markeredgecolor": colour if marker == "_" else "black", "markeredgewidth": 0.5}
+    if marker == "_":
+        look |= {"markersize": 14, "markeredgewidth": 3}
+    means = [statistics.fmean(values) for values in by_layer]
+    axes.plot(places, means, marker, color=colour, label=label, **look)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from research.ablation.conclusions import Conclusions
 from research.ablation.document import Block, Bullets, Code, Heading, Paragraph, Table
 from research.ablation.efficiency import chosen_on
+from research.ablation.outcome import PHASES, TRAINABLE
 from research.ablation.significance import LEVEL, ROUNDING, smallest_wilcoxon
 from research.ablation.words import p_value
 
@@ -65,6 +68,7 @@ def what_was_run(
     seconds = [sum((result.get("seconds") or {}).values()) for result in results]
     facts.append(("hours of work", f"{sum(seconds) / 3600:.2f}"))
     blocks: list[Block] = [Heading(2, "What was run"), Table(("setting", "value"), facts, labels=2)]
+    blocks += _phases(conclusions)
     if conclusions.failed:
         rows = conclusions.failed[:_MOST_FAILED]
         left_out = f"The first {len(rows)} of {len(conclusions.failed)}." if len(rows) < len(conclusions.failed) else ""
@@ -73,6 +77,20 @@ def what_was_run(
             Table(("experiment", "reason"), rows, labels=2, note=left_out),
         ]
     return blocks
+
+
+def _phases(conclusions: Conclusions) -> list[Block]:
+    """How many parameters each phase trained, by combination."""
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for outcome in conclusions.outcomes:
+        for phase, trained in (outcome.result.get("trainable_parameters") or {}).items():
+            found[outcome.combination][phase].append(trained)
+    rows = [
+        (name, *(TRAINABLE.text(fmean(phases[phase])) if phase in phases else "–" for phase in PHASES))
+        for name, phases in found.items()
+    ]
+    note = "Thousands of parameters, means over experiments; a dash where a combination has no such phase."
+    return [Heading(3, "What each phase trained"), Table(("combination", *PHASES), rows, note=note)] if rows else []
 
 
 def _base_models(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -90,6 +108,8 @@ def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
             lines += _flat(value, f"{above}{key}.")
         elif isinstance(value, list | tuple):
             lines.append((above + key, ", ".join(map(str, value)) or "–"))
+        elif isinstance(value, float):
+            lines.append((above + key, f"{value:.6g}"))
         else:
             lines.append((above + key, "–" if value is None else str(value)))
     return lines

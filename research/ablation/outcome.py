@@ -15,6 +15,7 @@ GRID_KEYS = {
     "sparsity": "target share of channels cut",
     "share": "share of projections adapted",
 }
+PHASES = ("dense", "gates", "recover", "adapters")  # of training, in order
 MEASURES = ("float32", "int4")  # the precisions in which an artifact's perplexity is measured
 
 
@@ -25,7 +26,7 @@ class Quantity:
     Attributes:
         label: with the unit after a comma.
         divisor: takes the stored number to that unit.
-        digits: after the point.
+        digits: after the point, at least; a small value has as many as show three that count.
     """
 
     label: str
@@ -33,7 +34,11 @@ class Quantity:
     digits: int
 
     def text(self, value: float | None) -> str:
-        return "–" if value is None else f"{value / self.divisor:,.{self.digits}f}"
+        if value is None:
+            return "–"
+        shown = value / self.divisor
+        digits = self.digits if not 0 < shown < 1 else max(self.digits, 2 - math.floor(math.log10(shown)))
+        return f"{shown:,.{digits}f}"
 
 
 COSTS = {

@@ -12,7 +12,7 @@ from typing import Any
 from research.ablation.conclusions import conclude
 from research.ablation.content import PLOT_FOLDER, report_blocks
 from research.ablation.document import to_markdown
-from research.ablation.outcome import GRID_KEYS
+from research.ablation.outcome import GRID_KEYS, PHASES
 from research.ablation.page import to_html
 from research.ablation.plots import draw_plots
 from yunmin.files import atomic_file
@@ -39,7 +39,6 @@ _COLUMNS = {
     "export_seconds": ("seconds", "export"),
     "measure_seconds": ("seconds", "measure"),
 }
-_PHASES = ("dense", "gates", "recover", "adapters")
 
 
 def write_report(folder: Path, results: list[dict[str, Any]], settings: dict[str, Any], *, plots: bool) -> None:
@@ -84,7 +83,7 @@ def _finite(value: Any) -> Any:
 
 def _write_table(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """One line per experiment."""
-    phases = [f"{kind}_{phase}" for kind in ("validation_perplexity", "trainable") for phase in _PHASES]
+    phases = [f"{kind}_{phase}" for kind in ("validation_perplexity", "trainable") for phase in PHASES]
     header = ["key", "combination", "seed", *GRID_KEYS, *_COLUMNS, *phases, "error"]
     with atomic_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header, restval="")
@@ -92,7 +91,7 @@ def _write_table(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         for result in results:
             row = {name: _at(result, path_of) for name, path_of in _COLUMNS.items()}
             row |= {key: result.get("point", {}).get(key, "") for key in GRID_KEYS}
-            for phase in _PHASES:
+            for phase in PHASES:
                 row[f"validation_perplexity_{phase}"] = _at(result, ("validation_perplexity", phase))
                 row[f"trainable_{phase}"] = _at(result, ("trainable_parameters", phase))
             row |= {key: _at(result, (key,)) for key in ("key", "combination", "seed", "error")}

@@ -86,6 +86,16 @@ def test_experiments_that_compute_the_same_are_called_identical(tmp_path: Path) 
     assert "| scan | float32 | 0 % | [0 %, 0 %] | – | – | – | – | – | 3 | 3 | identical |" in text
 
 
+def test_an_order_that_was_never_learned_is_named(tmp_path: Path) -> None:
+    results = made_up(seeds=2, grid=SMALL)
+    for result in results:
+        if result["combination"] == "scan+peft":
+            correlation = result["layers"]["scan_correlation"]
+            correlation["after"] = correlation["before"]
+    text, _ = _written(tmp_path, results)
+    assert "No order was learned in scan+peft: channels stayed as they started." in text
+
+
 def test_report_without_a_finished_experiment_says_so(tmp_path: Path) -> None:
     for results in ([], [FAILED]):
         text, page = _written(tmp_path, results)
