@@ -85,6 +85,7 @@ class AdaptiveModel:
             case Phase.RECOVER | Phase.ADAPTERS:
                 lines += self._fix_gates()
                 lines += self._add_adapters(losses) if phase is Phase.ADAPTERS else []
+                self._scans.close()  # orders stay as they are from here on
             case _:
                 pass
         self._scans.observe(wanted=True)
@@ -95,7 +96,9 @@ class AdaptiveModel:
 
     def finish(self) -> list[str]:
         """Ends a run whose last phase is that of the gates, which become exact; returns lines for the log."""
-        return self._solve_order() + self._fix_gates()
+        lines = self._solve_order() + self._fix_gates()
+        self._scans.close()
+        return lines
 
     def restore(self, phase: Phase, pillars: Pillars, checkpoint_folder: Path) -> None:
         """Takes up a phase where a checkpoint left it, instead of `enter`."""
@@ -250,8 +253,7 @@ class AdaptiveModel:
         return Ranking(self.model, self.config, self._generator)
 
     def _fix_gates(self) -> list[str]:
-        """Ends the gate phase: exact widths, fixed gates and masks; orders stay as they are from here on."""
-        self._scans.close()
+        """Ends the gate phase: exact widths, fixed gates and masks."""
         if self._gating is None:
             return []
         training = self._gating.tensors()
@@ -275,23 +277,27 @@ class AdaptiveModel:
     def _add_adapters(self, losses: Iterable[Tensor]) -> list[str]:
         self._probe.detach()
         self._train_only_adapters()
-        self._measure_importance(losses)
+        lines = self._measure_importance(losses)
         scores = self._importance()
         masked = {name.removesuffix(".weight") for name in self._fixed.weight_masks}
         allocation = allocate(scores, self.config, masked)
         self._adapters = inject_adapters(self.model, allocation, self.config, self._generator)
         self.model.to(self.model.device)
         self._train_only_adapters()
-        return _describe(allocation, scores, self.config)
+        return lines + _describe(allocation, scores, self.config)
 
-    def _measure_importance(self, losses: Iterable[Tensor]) -> None:
-        """Measures with all weights frozen, as they are."""
+    def _measure_importance(self, losses: Iterable[Tensor]) -> list[str]:
+        """Measures with frozen weights; where no phase came before, channels are ordered by what is seen here."""
+        is_first = self.config.dense_share == 0 and not self.config.enable_masking
+        self._scans.observe(wanted=is_first)
         self._rebuild_probe()
         self._probe.attach()
         for loss in losses:
             loss.backward()
             self._probe.collect()
+            self._scans.update()
         self._probe.detach()
+        return self._order_changed(self._scans.solve()) if is_first else []
 
     def _importance(self) -> dict[str, float]:
         """Score of each projection by the configured measure, or what stands in for it."""

@@ -23,7 +23,7 @@ from yunmin.checkpoint import load_checkpoint
 from yunmin.errors import ConfigError
 from yunmin.gated import GatedMixer
 from yunmin.model import MambaLM
-from yunmin.pillars import adapter_folders
+from yunmin.pillars import adapter_folders, load_pillars
 from yunmin.trained import load_trained
 
 NAMES = [f"backbone.layers.{layer}.mixer.{name}" for layer in range(2) for name in PROJECTIONS]
@@ -122,7 +122,7 @@ def test_a_budget_below_rank_one_is_refused() -> None:
     assert ranks_within(sizes, allocation, parse_config({"adapter_parameters": 117})) == {NAMES[0]: 1}
 
 
-def test_only_adapters_train_on_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+def test_only_adapters_train_on_a_checkpoint_whose_channels_are_ordered(checkpoint: Path, tmp_path: Path) -> None:
     result = train(_only_adapters(tmp_path, checkpoint, adapter_parameters=1500))
     assert set(result.validations) == {"adapters"}
     before, after = (load_checkpoint(folder).tensors for folder in (checkpoint, result.checkpoint))
@@ -130,6 +130,8 @@ def test_only_adapters_train_on_a_checkpoint(checkpoint: Path, tmp_path: Path) -
     model, _ = load_trained(result.run)
     assert _adapter_numbers(model) == result.trainable_parameters["adapters"] <= 1500
     assert set(adapter_folders(result.checkpoint)) == {"lora", "ia3"}
+    orders = load_pillars(result.checkpoint, model.config).scan_order
+    assert not any(torch.equal(order, torch.arange(len(order))) for order in orders)
 
 
 def test_a_stopped_run_of_adapters_continues_exactly(
