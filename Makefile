@@ -70,5 +70,6 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "make: $$found cannot make virtual environments; on Debian: apt install python3-venv" >&2; exit 1; }; \
 	fi
 	@echo "installing yunmin and the tested versions of what it needs into $(VENV)"
+	@# what is imported is compiled then; half of pip's time goes into the rest
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@

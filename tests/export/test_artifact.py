@@ -254,33 +254,35 @@ def test_layer_without_channels_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "source", tmp_path / "out")
 
 
-@pytest.mark.parametrize("there_was_one", [False, True])
-def test_killed_export_leaves_no_half_artifact(tmp_path: Path, there_was_one: bool) -> None:
+def test_killed_export_leaves_no_half_artifact(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", small_config(), pillars=random_pillars(small_config()))
-    out = tmp_path / "out"
-    if there_was_one:
-        export(source, out)
-        before = sha256_file(out / "manifest.json")
+    new, old = tmp_path / "new", tmp_path / "old"
+    export(source, old)
+    before = sha256_file(old / "manifest.json")
     script = """
         import os, signal, sys
         from export import write
         from export.pipeline import export
         # dies when the weights are there and the rest is not
         write.copy_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        export(sys.argv[1], sys.argv[2], force=True)
+        for out in sys.argv[2:]:
+            child = os.fork()
+            if not child:
+                export(sys.argv[1], out, force=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
     killed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), source, out],
+        [sys.executable, "-c", textwrap.dedent(script), source, new, old],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
         capture_output=True,
+        text=True,
         timeout=120,
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    if there_was_one:
-        assert sha256_file(out / "manifest.json") == before
+    assert killed.stdout.split() == [str(-signal.SIGKILL)] * 2, killed.stderr
+    assert not new.exists()
+    assert sha256_file(old / "manifest.json") == before
+    load_artifact(old)
+    for out in (new, old):
+        export(source, out, force=True)  # what the dead process left aside does not stand in the way
         load_artifact(out)
-    else:
-        assert not out.exists()
-    export(source, out, force=True)  # what the dead process left aside does not stand in the way
-    load_artifact(out)
