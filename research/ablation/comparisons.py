@@ -106,11 +106,9 @@ def compare(outcomes: Sequence[Outcome]) -> list[Comparison]:
         if measure == MEASURES[0]:
             found += [_setting(outcomes, key) for key in GRID_KEYS]
     found = [comparison for comparison in found if comparison.found is not None]
-    tested = [index for index, c in enumerate(found) if c.found is not None and c.found.p_t is not None]
-    corrected = holm([found[index].found.p_t for index in tested])  # type: ignore[union-attr, misc]
-    for index, p_value in zip(tested, corrected, strict=True):
-        found[index] = replace(found[index], p_holm=p_value)
-    return found
+    p_values = {i: c.found.p_t for i, c in enumerate(found) if c.found is not None and c.found.p_t is not None}
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return [replace(comparison, p_holm=corrected.get(i)) for i, comparison in enumerate(found)]
 
 
 class _Study:
