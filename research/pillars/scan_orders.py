@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from export.compact import Compact, compact_model, read_source
-from export.cut import channel_importance, cut_channels
+from export.cut import channel_importance, cut_channels, kept_channels
 from export.order import permuted, reordered
 from export.quantize import quantize_checkpoint
+from export.statistics import input_statistics
 from export.texts import CALIBRATION_TOKENS, Text
 from research.ablation.document import Block, Paragraph, Table
 from research.experiments import Experiment, Laboratory
@@ -29,6 +31,7 @@ from training.masks import n_of_m_mask
 from yunmin.axes import layer_prefix
 from yunmin.checkpoint import Checkpoint
 from yunmin.corpus import read_documents, texts_of
+from yunmin.model import MambaLM
 from yunmin.n_of_m_order import n_of_m_order, retained_magnitude
 from yunmin.perplexity import token_stream
 from yunmin.quantization.layout import Quantization
@@ -37,19 +40,22 @@ TITLE = "Variable-aware scan"
 QUESTION = "Which order of the channels loses least under int4, 2:4 masks and block masks?"
 KEEPS = True  # whether artifacts are needed to measure further
 REFERENCE = "identity"
-ORDERS = ("identity", "random", "correlation", "quantization", "n:m")
 _NAMES = {
     "identity": "as trained",
     "random": "random",
     "correlation": "correlation",
     "quantization": "quantization-aware",
     "n:m": "N:M-aware",
+    "n:m by activations": "N:M-aware, by activations",
+    "saliency": "saliency",
 }
+ORDERS = tuple(_NAMES)
 _BLOCK = 16
 _N, _M = 2, 4
 _MASKED = ("in_proj", "out_proj")
 _BLOCK_CUTS = {"blocks, 25 % cut": 0.25, "blocks, 50 % cut": 0.5}
-EFFECTS = ("int4, to nearest", "int4, calibrated", "2:4 masks", *_BLOCK_CUTS)
+_MASKS = {"2:4 by magnitude": False, "2:4 by activations": True}
+EFFECTS = ("int4, to nearest", "int4, calibrated", *_MASKS, *_BLOCK_CUTS)
 
 
 def experiments(study: Study, _: Laboratory) -> list[Experiment]:
@@ -62,9 +68,10 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
 
     Returns:
         `exact`: test perplexity of the base models, one for each seed; by order `retained` (the share of magnitude that
-        2:4 masks keep) and, by effect, `perplexity` on the test text.
+        2:4 masks by magnitude keep) and, by effect, `perplexity` on the test text; `single`: that of cuts of as many
+        single channels as blocks have.
     """
-    found: dict[str, Any] = {"exact": [], "retained": {}, "perplexity": {effect: {} for effect in EFFECTS}}
+    found: dict[str, Any] = {"exact": [], "single": {}, "retained": {}, "perplexity": {e: {} for e in EFFECTS}}
     for seed in study.seeds:
         base = study.base(seed)
         result = laboratory.run(base, keep=True)
@@ -81,6 +88,8 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
             found["retained"].setdefault(order, []).append(measured["retained"])
             for effect in EFFECTS:
                 found["perplexity"][effect].setdefault(order, []).append(measured[effect])
+        for effect in _BLOCK_CUTS:
+            found["single"].setdefault(effect, []).append(measured[f"{effect}, single channels"])
     return found
 
 
@@ -94,6 +103,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     """What the comparison says."""
     by_effect = lines(found)
     exact = compared({"exact": found["exact"]}, "exact")[0].perplexity
+    single = ", ".join(f"{np.exp(np.mean(np.log(v))):.2f} ({e})" for e, v in found["single"].items())
     sentences = []
     for effect, of_effect in by_effect.items():
         best = min(of_effect, key=lambda line: line.perplexity)
@@ -115,7 +125,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
             rows,
             labels=2,
             note=f"Test perplexity; without rounding, masks or cuts it is {exact:.2f} in every order. Changes are "
-            "against the order as trained.",
+            f"against the order as trained. Cutting single channels instead of blocks gives {single}.",
         ),
         Table(
             ("order", "magnitude kept by 2:4 masks", "least and most of the seeds"),
@@ -160,11 +170,15 @@ def _measured(study: Study, laboratory: Laboratory, seed: int, order: str) -> di
     found: dict[str, float] = {}
     for effect, text in (("int4, to nearest", None), ("int4, calibrated", calibration)):
         found[effect] = scored(quantize_checkpoint(checkpoint, Quantization("int4"), text, lambda _: None))
-    masked, found["retained"] = _masked(checkpoint)
-    found["2:4 masks"] = scored(masked)
+    plain, weighted = (_scores(checkpoint, text) for text in (None, calibration))
+    for effect, by_activations in _MASKS.items():
+        found[effect] = scored(_masked(checkpoint, weighted if by_activations else plain))
+    found["retained"] = sum(retained_magnitude(score, _N, _M) for score in plain.values()) / len(plain)
     importance = channel_importance(checkpoint, calibration)
     for effect, share in _BLOCK_CUTS.items():
         found[effect] = scored(cut_channels(checkpoint, [kept_in_blocks(values, share) for values in importance]))
+        width = round(checkpoint.config.d_inner[0] * (1 - share))
+        found[f"{effect}, single channels"] = scored(cut_channels(checkpoint, kept_channels(importance, width)))
     return found
 
 
@@ -176,7 +190,7 @@ def _tuning_text(study: Study, checkpoint: Checkpoint) -> Text:
 
 
 def _ordered(compact: Compact, order: str, text: Text, seed: int) -> Compact:
-    config = compact.config
+    config, layers = compact.config, range(compact.config.n_layers)
     match order:
         case "identity":
             return compact
@@ -184,28 +198,35 @@ def _ordered(compact: Compact, order: str, text: Text, seed: int) -> Compact:
             rng = torch.Generator().manual_seed(seed)
             inner = [torch.randperm(width, generator=rng) for width in config.d_inner]
             return permuted(compact, inner, torch.randperm(config.d_model, generator=rng))
-        case "n:m":
-            weights = compact.cast(torch.float32).tensors
-            inner = [n_of_m_order([weights[_weight(i, "out_proj")]], _N, _M) for i in range(config.n_layers)]
-            stream = [weights[_weight(i, "in_proj")] for i in range(config.n_layers)]
-            return permuted(compact, inner, n_of_m_order(stream, _N, _M))
         case "correlation" | "quantization":
             return reordered(compact, order, text, lambda _: None)
-        case _:
-            raise AssertionError(order)
+    checkpoint = Checkpoint(config, compact.cast(torch.float32).tensors, None, Path())
+    if order == "saliency":
+        inner = [torch.argsort(values, descending=True) for values in channel_importance(checkpoint, text)]
+        return permuted(compact, inner, torch.arange(config.d_model))
+    scores = _scores(checkpoint, text if order == "n:m by activations" else None)
+    inner = [n_of_m_order([scores[_weight(i, "out_proj")]], _N, _M) for i in layers]
+    return permuted(compact, inner, n_of_m_order([scores[_weight(i, "in_proj")] for i in layers], _N, _M))
 
 
-def _masked(checkpoint: Checkpoint) -> tuple[Checkpoint, float]:
-    """2:4 masks by magnitude on the projections that are masked by default, and the share of magnitude they keep."""
-    tensors, kept = dict(checkpoint.tensors), []
-    for layer in range(checkpoint.config.n_layers):
-        for projection in _MASKED:
-            name = _weight(layer, projection)
-            weight = tensors[name]
-            rows, columns = (torch.arange(size) for size in weight.shape)
-            kept.append(retained_magnitude(weight, _N, _M))
-            tensors[name] = weight * n_of_m_mask(weight.abs(), _N, _M, rows, columns)
-    return replace(checkpoint, tensors=tensors), sum(kept) / len(kept)
+def _scores(checkpoint: Checkpoint, text: Text | None) -> dict[str, Tensor]:
+    """What masks go by, by the weight's name: magnitudes, times the inputs' root mean squares (Sun et al. 2023)."""
+    names = [_weight(i, projection) for i in range(checkpoint.config.n_layers) for projection in _MASKED]
+    magnitudes = {name: checkpoint.tensors[name].abs() for name in names}
+    if text is None:
+        return magnitudes
+    model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors)
+    found = input_statistics(model, text.sequences())
+    return {n: w * found[n.removesuffix(".weight")].mean_squares.sqrt().float() for n, w in magnitudes.items()}
+
+
+def _masked(checkpoint: Checkpoint, scores: Mapping[str, Tensor]) -> Checkpoint:
+    """2:4 masks on the projections that are masked by default."""
+    tensors = dict(checkpoint.tensors)
+    for name, score in scores.items():
+        rows, columns = (torch.arange(size) for size in score.shape)
+        tensors[name] = tensors[name] * n_of_m_mask(score, _N, _M, rows, columns)
+    return replace(checkpoint, tensors=tensors)
 
 
 def kept_in_blocks(importance: Tensor, cut: float) -> Tensor:

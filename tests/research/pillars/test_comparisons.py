@@ -37,7 +37,7 @@ def _found(name: str) -> dict[str, Any]:
         case "scan_orders":
             of_effect = {order: _values(20 + n / 2, 0.02 * (n > 0)) for n, order in enumerate(ORDERS)}
             found |= {"exact": _values(19), "retained": {order: [0.75, 0.76, 0.77] for order in ORDERS}}
-            found["perplexity"] = dict.fromkeys(EFFECTS, of_effect)
+            found |= {"perplexity": dict.fromkeys(EFFECTS, of_effect), "single": {"blocks, 25 % cut": _values(19.5)}}
         case "masking":
             of_cut = {r: {"before": _values(40 + n), "after": _values(20 + n, n / 50)} for n, r in enumerate(RANKINGS)}
             found |= {"dense": _values(18), "perplexity": dict.fromkeys(CUTS, of_cut)}
