@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
+from torch import Tensor
 
 from training.config import TrainingConfig
+from training.parallel import whole
 from yunmin.errors import ConfigError
 from yunmin.files import write_safetensors
 from yunmin.model import MambaLM
@@ -23,6 +25,22 @@ class Allocation:
     lora: tuple[str, ...]
     ia3: tuple[str, ...]
     frozen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Trained adapters: `peft`'s configurations, and tensors, by the adapters' names."""
+
+    configs: dict[str, PeftConfig]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def save(self, folder: Path) -> None:
+        """Writes each adapter as a standard PEFT folder, `folder/lora` and `folder/ia3`."""
+        for name, peft_config in self.configs.items():
+            target = folder / name
+            target.mkdir(parents=True)
+            write_safetensors(target / "adapter_model.safetensors", self.tensors[name])
+            peft_config.save_pretrained(str(target))
 
 
 def allocate(scores: Mapping[str, float], config: TrainingConfig, masked: Collection[str]) -> Allocation:
@@ -143,19 +161,16 @@ def _sizes(model: MambaLM, names: Sequence[str]) -> dict[str, tuple[int, int]]:
     return {name: (shape[1], shape[0]) for name, shape in shapes}
 
 
-def save_adapters(model: MambaLM, configs: Mapping[str, PeftConfig], folder: Path) -> None:
-    """Writes each adapter as a standard PEFT folder, `folder/lora` and `folder/ia3`."""
-    for name, peft_config in configs.items():
-        target = folder / name
-        target.mkdir(parents=True)
-        # the names that `PeftModel.save_pretrained` would give
+def adapter_tensors(model: MambaLM, configs: Mapping[str, PeftConfig]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each adapter, by the names that `PeftModel.save_pretrained` would give them."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in configs:
         suffixes = {f".lora_A.{name}.weight": ".lora_A.weight", f".lora_B.{name}.weight": ".lora_B.weight"}
         suffixes[f".ia3_l.{name}"] = ".ia3_l"
-        tensors = {
-            f"base_model.model.{key.removesuffix(suffix)}{saved}": tensor
+        tensors[name] = {
+            f"base_model.model.{key.removesuffix(suffix)}{saved}": whole(tensor)
             for key, tensor in model.state_dict().items()
             for suffix, saved in suffixes.items()
             if key.endswith(suffix)
         }
-        write_safetensors(target / "adapter_model.safetensors", tensors)
-        peft_config.save_pretrained(str(target))
+    return tensors

@@ -12,15 +12,17 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from training.adapters import Allocation, allocate, inject_adapters, save_adapters
+from training.adapters import Adapters, Allocation, adapter_tensors, allocate, inject_adapters
 from training.config import TrainingConfig
 from training.gating import Gating, mixers_of, set_fixed_masks
 from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
 from training.observation import ScanOrders
+from training.parts import Place
 from training.phases import Phase
 from training.ranking import Ranking
 from training.sparsity import masking_statistics
+from training.team import ALONE, Team
 from yunmin.axes import PROJECTIONS, layer_prefix
 from yunmin.errors import ConfigError, TrainingError
 from yunmin.model import MambaLM
@@ -41,11 +43,13 @@ class AdaptiveModel:
     Args:
         model: built with `GatedMixer`.
         config: of the run.
-        generator: source of all randomness of the pillars.
+        generator: source of all randomness of the pillars; the same on all processes.
+        team: that trains together.
     """
 
-    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator) -> None:
+    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
         self.model = model
+        self.team = team
         self.config = config
         self.phase = Phase.DENSE
         self._generator = generator
@@ -57,21 +61,22 @@ class AdaptiveModel:
                 f"{layer_prefix(layer)}mixer.{name}": getattr(mixer, name)
                 for layer, mixer in enumerate(mixers_of(model))
                 for name in PROJECTIONS
-            }
+            },
+            team,
         )
-        self._scans = ScanOrders(model, config, generator)
+        self._scans = ScanOrders(model, config, generator, team)
         self._scans.observe(wanted=True)
-        self._watch = GradientWatch(model, self.phase)
+        self._watch = GradientWatch(model, self.phase, team)
 
     # --- phases ---------------------------------------------------------------------------------------------------
 
-    def enter(self, phase: Phase, losses: Iterable[Tensor] = ()) -> list[str]:
+    def enter(self, phase: Phase, batches: Iterable[Iterable[Tensor]] = ()) -> list[str]:
         """Begins a phase.
 
         Args:
             phase: the new one.
-            losses: of batches to measure importance with before the adapters are allotted; each is computed when asked
-                for. None where it was measured before.
+            batches: to measure importance with before the adapters are allotted: the losses of each one's parts on
+                this process, computed when asked for. None where it was measured before.
 
         Returns:
             Lines for the log.
@@ -84,21 +89,19 @@ class AdaptiveModel:
                 self._rebuild_probe()
             case Phase.RECOVER | Phase.ADAPTERS:
                 lines += self._fix_gates()
-                lines += self._add_adapters(losses) if phase is Phase.ADAPTERS else []
-                self._scans.close()  # orders stay as they are from here on
+                lines += self._add_adapters(batches) if phase is Phase.ADAPTERS else []
+                self._scans.close()
             case _:
                 pass
         self._scans.observe(wanted=True)
-        self._watch = GradientWatch(self.model, phase)
+        self._watch = GradientWatch(self.model, phase, self.team)
         for parameter in self.model.parameters():
             parameter.grad = None  # what trains no longer keeps no memory for it
         return lines
 
     def finish(self) -> list[str]:
         """Ends a run whose last phase is that of the gates, which become exact; returns lines for the log."""
-        lines = self._solve_order() + self._fix_gates()
-        self._scans.close()
-        return lines
+        return self._solve_order() + self._fix_gates()
 
     def restore(self, phase: Phase, pillars: Pillars, checkpoint_folder: Path) -> None:
         """Takes up a phase where a checkpoint left it, instead of `enter`."""
@@ -122,7 +125,7 @@ class AdaptiveModel:
                 self._adapters[name] = inject_adapter(self.model, name, folder, is_trainable=True)
             self._train_only_adapters()
         self._scans.observe(wanted=True)
-        self._watch = GradientWatch(self.model, phase)
+        self._watch = GradientWatch(self.model, phase, self.team)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the phase for AdamW; gates keep a constant rate (`scheduled` is False)."""
@@ -154,6 +157,12 @@ class AdaptiveModel:
             self._probe.attach()
         else:
             self._probe.detach()
+
+    def show(self, place: Place) -> None:
+        """Says which sequences of the batch the next forward pass has."""
+        self._scans.show(place)
+        if isinstance(self._gating, Ranking):
+            self._gating.show(place)
 
     def penalty(self) -> Tensor:
         """The sparsity term to add to the loss; zero outside the gate phase."""
@@ -224,9 +233,9 @@ class AdaptiveModel:
         training |= self._scans.tensors()
         return Pillars(channels, states, self.scan_order, masks, training)
 
-    def save_adapters(self, folder: Path) -> None:
-        """Writes `adapters/lora` and `adapters/ia3` below a checkpoint folder, those that there are."""
-        save_adapters(self.model, self._adapters, folder / "adapters")
+    def adapters(self) -> Adapters:
+        """The adapters as they are; all processes must ask together."""
+        return Adapters(dict(self._adapters), adapter_tensors(self.model, self._adapters))
 
     def trainable_parameters(self) -> tuple[int, int]:
         """Numbers that are trained, and all numbers."""
@@ -250,12 +259,13 @@ class AdaptiveModel:
     def _new_gating(self) -> Gating | Ranking:
         if self.config.gate_ranking == "learned":
             return Gating(self.model, self.config, self.scan_order)
-        return Ranking(self.model, self.config, self._generator)
+        return Ranking(self.model, self.config, self._generator, self.team)
 
     def _fix_gates(self) -> list[str]:
-        """Ends the gate phase: exact widths, fixed gates and masks."""
+        """Ends the gate phase: exact widths, fixed gates and masks; orders stay as they are from here on."""
         if self._gating is None:
             return []
+        self._scans.close()
         training = self._gating.tensors()
         channels, states, masks = self._gating.freeze(self.scan_order)
         self._gating = None
@@ -271,13 +281,14 @@ class AdaptiveModel:
         """Follows projections that masks have wrapped; keeps what was measured."""
         scores, steps = self._probe.scores, self._probe.steps
         self._probe.detach()
-        self._probe = ImportanceProbe({name: self.model.get_submodule(name) for name in self._probe.projections})
+        projections = {name: self.model.get_submodule(name) for name in self._probe.projections}
+        self._probe = ImportanceProbe(projections, self.team)
         self._probe.scores, self._probe.steps = scores, steps
 
-    def _add_adapters(self, losses: Iterable[Tensor]) -> list[str]:
+    def _add_adapters(self, batches: Iterable[Iterable[Tensor]]) -> list[str]:
         self._probe.detach()
         self._train_only_adapters()
-        lines = self._measure_importance(losses)
+        lines = self._measure_importance(batches)
         scores = self._importance()
         masked = {name.removesuffix(".weight") for name in self._fixed.weight_masks}
         allocation = allocate(scores, self.config, masked)
@@ -286,14 +297,15 @@ class AdaptiveModel:
         self._train_only_adapters()
         return lines + _describe(allocation, scores, self.config)
 
-    def _measure_importance(self, losses: Iterable[Tensor]) -> list[str]:
-        """Measures with frozen weights; where no phase came before, channels are ordered by what is seen here."""
+    def _measure_importance(self, batches: Iterable[Iterable[Tensor]]) -> list[str]:
+        """Measures with all weights frozen, as they are; scan orders, too, where no phase went before."""
         is_first = self.config.dense_share == 0 and not self.config.enable_masking
         self._scans.observe(wanted=is_first)
         self._rebuild_probe()
         self._probe.attach()
-        for loss in losses:
-            loss.backward()
+        for losses in batches:
+            for loss in losses:
+                (loss * self.team.size).backward()
             self._probe.collect()
             self._scans.update()
         self._probe.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.adaptive import AdaptiveModel
+from training.optimization import MOMENTS, moments_of
+from training.parallel import whole
 from training.phases import Phase
 from yunmin.checkpoint import write_checkpoint
 from yunmin.errors import CheckpointError
@@ -23,7 +26,6 @@ from yunmin.pillars import save_pillars
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _FORMAT = 1
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoint-STEP`, whole or not at all.
 
+    A team's processes must call this together, since each may hold a shard; the first one writes.
+
     Args:
         run: the run folder.
         progress: what `trainer.json` says.
@@ -77,16 +81,20 @@ def save_checkpoint(
         The folder.
     """
     target = run / f"checkpoint-{progress.step}"
+    tensors = {name: whole(tensor) for name, tensor in adaptive.model.tensors().items()}
+    adapters, moments = adaptive.adapters(), moments_of(optimizer)
+    if not adaptive.team.is_first:
+        return target
     with atomic_folder(target, replace=True) as folder:
-        write_checkpoint(folder, adaptive.model.config, adaptive.model.tensors())
+        write_checkpoint(folder, adaptive.model.config, tensors)
         for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
         save_pillars(folder, adaptive.pillars())
-        adaptive.save_adapters(folder)
+        adapters.save(folder / "adapters")
         random_states = {"rng.torch": torch.get_rng_state(), "rng.pillars": generator.get_state()}
         if torch.cuda.is_available():
             random_states["rng.cuda"] = torch.cuda.get_rng_state()
-        write_safetensors(folder / OPTIMIZER_FILE, optimizer_tensors(optimizer) | random_states)
+        write_safetensors(folder / OPTIMIZER_FILE, moments | random_states)
         write_json(folder / TRAINER_FILE, {"format": _FORMAT, **asdict(progress)})
     return target
 
@@ -110,49 +118,38 @@ def read_progress(checkpoint: Path) -> Progress:
         raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-    return {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        if parameter in optimizer.state
-        for moment in _MOMENTS
-    }
+def read_state(
+    checkpoint: Path, parameters: Mapping[str, Tensor], generator: torch.Generator, device: torch.device
+) -> dict[str, Tensor]:
+    """Puts all random states back, and returns the optimizer's moments, as `moments_of` gives them.
 
-
-def restore_state(
-    checkpoint: Path, optimizer: torch.optim.Optimizer, generator: torch.Generator, device: torch.device
-) -> None:
-    """Puts the optimizer's moments and all random states back.
+    Args:
+        checkpoint: of the run.
+        parameters: that the optimizer trains, by name.
+        generator: of the pillars' randomness.
+        device: that is trained on.
 
     Raises:
         CheckpointError: the file is missing or damaged, or does not fit the parameters.
     """
     path = checkpoint / OPTIMIZER_FILE
     try:
-        saved = load_file(path)
-        torch.set_rng_state(saved.pop("rng.torch"))
-        generator.set_state(saved.pop("rng.pillars"))
-        cuda = saved.pop("rng.cuda", None)
+        moments = load_file(path)
+        torch.set_rng_state(moments.pop("rng.torch"))
+        generator.set_state(moments.pop("rng.pillars"))
+        cuda = moments.pop("rng.cuda", None)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: missing or damaged ({error})") from None
     if cuda is not None and device.type == "cuda":
         torch.cuda.set_rng_state(cuda)
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            moments = {moment: saved.pop(f"{moment}.{name}", None) for moment in _MOMENTS}
-            found = [t for t in moments.values() if t is not None]
-            if not found:
-                continue  # a parameter that had no step yet
-            if len(found) < len(_MOMENTS) or moments["exp_avg"].shape != parameter.shape:  # type: ignore[union-attr]
-                raise CheckpointError(f"{path}: the moments of {name!r} are incomplete or of another shape")
-            # the step counter stays on the CPU, where AdamW keeps it
-            optimizer.state[parameter] = {
-                k: t if k == "step" else t.to(device) for k, t in moments.items() if t is not None
-            }
-    if saved:
-        raise CheckpointError(f"{path}: unexpected tensor {min(saved)!r}")
+    expected = {f"{moment}.{name}" for name in parameters for moment in MOMENTS}
+    if unexpected := sorted(set(moments) - expected):
+        raise CheckpointError(f"{path}: unexpected tensor {unexpected[0]!r}")
+    for name, parameter in parameters.items():
+        found = [moments[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in moments]
+        if found and (len(found) < len(MOMENTS) or found[-1].shape != parameter.shape):
+            raise CheckpointError(f"{path}: the moments of {name!r} are incomplete or of another shape")
+    return moments
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:

@@ -26,6 +26,8 @@ def main(argv: list[str]) -> int:
             "yunmin train checkpoint=path/to/mamba-130m-hf data=mine.jsonl learning_rate=3e-5",
             "yunmin train --config run.yaml target_sparsity=0.4 'data=[a.txt, b/]'",
             "yunmin train --resume training_outputs/python",
+            "torchrun --nproc-per-node 8 -m training data=corpus/ batch_size=256",
+            "accelerate launch --use_fsdp --fsdp_version 2 -m training data=corpus/ batch_size=256",
         ],
     )
     arguments.add_argument("overrides", nargs="*", metavar="key=value", help="of the keys below; values are YAML")
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> int:
     try:
         from training.config import load_config
         from training.run import resume, to_yaml, train
+        from training.team import is_first_process
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "train", "yunmin train") from None
 
@@ -54,15 +57,19 @@ def main(argv: list[str]) -> int:
         result = resume(options.resume, options.overrides)
     else:
         result = train(load_config(options.config, options.overrides))
-    if options.json:
+    if is_first_process():
+        _report(result, as_json=options.json)
+    return 130 if result.interrupted else 0
+
+
+def _report(result: TrainingResult, *, as_json: bool) -> None:
+    if as_json:
         print_json(_as_json(result))
     if result.interrupted:
         command = f"yunmin train --resume {shlex.quote(str(result.run))}"
         print(f"stopped after step {result.steps} of {result.total_steps}; continue with\n  {command}", file=sys.stderr)
-        return 130
-    if not options.json:
+    elif not as_json:
         _show(result)
-    return 0
 
 
 def _as_json(result: TrainingResult) -> dict[str, Any]:

@@ -29,7 +29,10 @@ RECORD_KEYS = (
     "keep_checkpoints",
     "tensorboard",
     "wandb",
-)  # change nothing that is learned, so a resumed run may change them
+)
+# how it is computed: nothing else is learned, but sums may round otherwise
+COMPUTE_KEYS = ("gradient_accumulation", "gradient_checkpointing", "sharding")
+RESUMABLE_KEYS = (*RECORD_KEYS, *COMPUTE_KEYS)  # a resumed run may change them
 
 
 class TrainingConfig(BaseModel):
@@ -48,6 +51,14 @@ class TrainingConfig(BaseModel):
     matmul_precision: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="of products in projections and head while training; bfloat16 is faster on processors made for it",
+    )
+
+    gradient_accumulation: Count = Field(1, description="parts a process computes its share of a batch in")
+    gradient_checkpointing: bool = Field(
+        False, description="compute each mixer again in the backward pass instead of keeping what it needs"
+    )
+    sharding: Literal["auto", "none", "full"] = Field(
+        "auto", description="full: each process of a launch keeps a shard of the weights; auto: if its launcher says so"
     )
 
     # the model, when it starts from scratch
@@ -69,7 +80,7 @@ class TrainingConfig(BaseModel):
     sequence_length: Annotated[int, Field(ge=2)] = Field(256, description="tokens per packed sequence")
 
     # optimization
-    batch_size: Count = Field(16, description="sequences per step")
+    batch_size: Count = Field(16, description="sequences per step, of all processes together")
     num_epochs: Count = Field(10, description="passes over the data, unless max_steps is given")
     max_steps: Count | None = Field(None, description="steps in all; none takes num_epochs over the data")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(1e-4, description="peak, of the weights")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,13 @@ Estimator = Literal["gumbel_sigmoid", "hard_concrete"]
 INITIAL_LOGIT = 2.5  # keeps 92 % at the start: open, yet with a gradient
 _STRETCH_LOW, _STRETCH_HIGH, _BETA = -0.1, 1.1, 2.0 / 3.0  # Louizos, Welling & Kingma 2018, section 4
 _LEAST_KEPT = 0.05  # a unit that is kept must not be cut by a value of zero
+
+
+class Drawn(NamedTuple):
+    """Noise of a draw, one number of 0 to 1 for each unit, and its temperature."""
+
+    uniform: Tensor
+    temperature: float
 
 
 class LearnedGate(nn.Module):
@@ -35,11 +42,14 @@ class LearnedGate(nn.Module):
         self.logits = nn.Parameter(logits.clone())
         self.register_buffer("unit_of", unit_of, persistent=False)
         self.estimator = estimator
-        self._sampled: Tensor | None = None
+        self._drawn: Drawn | None = None
 
     def forward(self) -> Tensor:
-        """The last sample, or the deterministic values where none is in force."""
-        return self.deterministic() if self._sampled is None else self._sampled
+        """The values of the last draw, or the deterministic ones where none is in force.
+
+        Each call makes them anew from the same noise, so that every part of a batch has a graph of its own.
+        """
+        return self.deterministic() if self._drawn is None else self._values(self._drawn)
 
     def sample(self, temperature: float, generator: torch.Generator) -> None:
         """Draws the values of the next forward passes.
@@ -49,27 +59,20 @@ class LearnedGate(nn.Module):
             generator: the source of noise, on the CPU.
         """
         uniform = torch.rand(self.logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(self.logits.device)
-        noisy = self.logits + torch.log(uniform) - torch.log1p(-uniform)
-        if self.estimator == "gumbel_sigmoid":
-            soft = torch.sigmoid(noisy / temperature)
-            hard = (soft > 0.5).to(soft.dtype)
-            values = (soft - soft.detach()) + hard  # in this order exactly 0 or 1
-        else:
-            values = _stretch(torch.sigmoid(noisy / _BETA))
-        self._sampled = self._spread(values)
+        self._drawn = Drawn(uniform, temperature)
 
     def settle(self) -> None:
-        """Drops the sample: from here on the deterministic values are in force."""
-        self._sampled = None
+        """Drops the draw: from here on the deterministic values are in force."""
+        self._drawn = None
 
-    def suspend(self) -> Tensor | None:
-        """Settles and returns the sample, for `resume`."""
-        sampled, self._sampled = self._sampled, None
-        return sampled
+    def suspend(self) -> Drawn | None:
+        """Settles and returns the draw, for `resume`."""
+        drawn, self._drawn = self._drawn, None
+        return drawn
 
-    def resume(self, sampled: Tensor | None) -> None:
-        """Puts a suspended sample back."""
-        self._sampled = sampled
+    def resume(self, drawn: Drawn | None) -> None:
+        """Puts a suspended draw back."""
+        self._drawn = drawn
 
     def keep_probability(self) -> Tensor:
         """Probability that each value is not zero, differentiable."""
@@ -104,7 +107,17 @@ class LearnedGate(nn.Module):
         counts = torch.zeros_like(self.logits).index_add_(0, unit_of, torch.ones_like(per_channel))
         self.logits.copy_(sums / counts)
         self.unit_of = unit_of
-        self._sampled = None
+        self._drawn = None
+
+    def _values(self, drawn: Drawn) -> Tensor:
+        noisy = self.logits + torch.log(drawn.uniform) - torch.log1p(-drawn.uniform)
+        if self.estimator == "gumbel_sigmoid":
+            soft = torch.sigmoid(noisy / drawn.temperature)
+            hard = (soft > 0.5).to(soft.dtype)
+            values = (soft - soft.detach()) + hard  # in this order exactly 0 or 1
+        else:
+            values = _stretch(torch.sigmoid(noisy / _BETA))
+        return self._spread(values)
 
     def _spread(self, values: Tensor) -> Tensor:
         return values if self.unit_of is None else values[self.unit_of]

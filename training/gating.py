@@ -101,12 +101,12 @@ class Gating:
     @contextmanager
     def deterministic(self) -> Iterator[None]:
         """Within it, gates have their values without noise."""
-        sampled = {name: gate.suspend() for name, gate in self.gates.items()}
+        drawn = {name: gate.suspend() for name, gate in self.gates.items()}
         try:
             yield
         finally:
             for name, gate in self.gates.items():
-                gate.resume(sampled[name])
+                gate.resume(drawn[name])
 
     def regroup(self, scan_order: Sequence[Tensor]) -> None:
         """Lets block gates follow a new scan order; gates on single channels do not depend on it."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from training.team import ALONE, Team
+
 
 class ImportanceProbe:
     """Accumulates mean |g * dLoss/dg| for a unit multiplier g on the output of each projection.
@@ -17,10 +19,12 @@ class ImportanceProbe:
 
     Args:
         projections: modules to measure, by name.
+        team: that trains together.
     """
 
-    def __init__(self, projections: Mapping[str, nn.Module]) -> None:
+    def __init__(self, projections: Mapping[str, nn.Module], team: Team = ALONE) -> None:
         self.projections = dict(projections)
+        self._team = team
         self.scores = torch.zeros(len(self.projections), dtype=torch.float64)
         self.steps = 0
         self._multipliers: dict[str, Tensor] = {}
@@ -45,13 +49,14 @@ class ImportanceProbe:
         self._multipliers.clear()
 
     def collect(self) -> None:
-        """Adds the gradients of the last backward pass."""
+        """Adds the gradients of a step, all parts of its batch and all processes of the team taken together."""
         if not self._handles:
             return
         for position, name in enumerate(self.projections):
             multiplier = self._multipliers.get(name)
             if multiplier is not None and multiplier.grad is not None:
-                self.scores[position] += float((multiplier.detach() * multiplier.grad).abs().mean())
+                gradient = self._team.total(multiplier.grad) / self._team.size  # losses come multiplied by the size
+                self.scores[position] += float((multiplier.detach() * gradient).abs().mean())
         self._multipliers.clear()
         self.steps += 1
 
@@ -63,8 +68,10 @@ class ImportanceProbe:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            multiplier = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device, requires_grad=True)
-            self._multipliers[name] = multiplier
+            multiplier = self._multipliers.get(name)  # the same one for all parts of a batch
+            if multiplier is None:
+                multiplier = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device, requires_grad=True)
+                self._multipliers[name] = multiplier
             return output * multiplier
 
         return hook

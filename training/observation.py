@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -9,7 +10,11 @@ from torch import Tensor
 
 from training.config import TrainingConfig
 from training.gating import mixers_of
+from training.parallel import whole
+from training.parts import Place
+from training.recompute import is_recomputing
 from training.scan_order import VariableScanOptimizer
+from training.team import ALONE, Team
 from yunmin.model import MambaLM
 from yunmin.n_of_m_order import n_of_m_order
 from yunmin.quantization.order import Grouped, quantization_order
@@ -24,12 +29,15 @@ class ScanOrders:
         model: built with `GatedMixer`; gets observers while `observe(True)` is in force.
         config: mode, start and frequency.
         generator: source of random starts.
+        team: that trains together; all of it has the same orders.
     """
 
-    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator) -> None:
+    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
         self.model = model
         self.config = config
         self._is_closed = config.scan_mode == "none"
+        self._team = team
+        self._place: Place | None = None
         self._seen: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
         self._scans = [
@@ -66,18 +74,29 @@ class ScanOrders:
 
     def update(self) -> list[int]:
         """Hands the last step's activations over; returns the layers whose order changed."""
-        changed = [
-            layer
-            for layer, x in sorted(self._seen.items())
-            if self._scans[layer].update_permutation(x, self._gradients.get(layer))
-        ]
+        changed = []
+        for layer, x in sorted(self._seen.items()):
+            gradient = self._gradients.get(layer)
+            if self._team.size > 1:
+                x = self._team.total(x.float())
+                if gradient is not None:  # losses come multiplied by the team's size
+                    gradient = self._team.total(gradient.float()) / self._team.size
+            update = self._scans[layer].update_permutation
+            if self._changed(layer, functools.partial(update, x, gradient)):
+                changed.append(layer)
         self._seen.clear()
         self._gradients.clear()
         return changed
 
     def solve(self) -> list[int]:
         """Solves now from what was seen so far; returns the layers whose order changed."""
-        return [layer for layer, scan in enumerate(self._scans) if scan.solve()] if self.are_open else []
+        if not self.are_open:
+            return []
+        return [layer for layer, scan in enumerate(self._scans) if self._changed(layer, scan.solve)]
+
+    def show(self, place: Place) -> None:
+        """Says which sequences of the batch come next."""
+        self._place = place
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: orders, and statistics while they still matter."""
@@ -94,6 +113,16 @@ class ScanOrders:
             prefix = f"scan.{layer}."
             scan.load_statistics({n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)})
 
+    def _changed(self, layer: int, solve: Callable[[], bool]) -> bool:
+        """Whether the order changed; where a team solved for one, all of it takes that of the first process."""
+        scan = self._scans[layer]
+        before, solutions = scan.get_permutation(), scan.solutions
+        changed = solve()
+        if self._team.size == 1 or scan.solutions == solutions:
+            return changed
+        scan.adopt(self._team.from_first(scan.get_permutation()))
+        return not torch.equal(scan.get_permutation(), before)
+
     def _objective(self, layer: int) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Orders a layer's channels for the weights it has when the order is solved; None for correlations."""
 
@@ -109,18 +138,27 @@ class ScanOrders:
 
     def _weights(self, layer: int, projections: Sequence[str]) -> list[Tensor]:
         mixer = mixers_of(self.model)[layer]
-        return [getattr(mixer, name).weight.detach().float().cpu() for name in projections]
+        return [whole(getattr(mixer, name).weight.detach()).float().cpu() for name in projections]
 
     def _observer(self, layer: int) -> Callable[[Tensor], None]:
         def observe(x: Tensor) -> None:
-            flat = x.reshape(-1, x.shape[-1])  # (B*L, D)
-            rows = slice(None, None, max(1, flat.shape[0] // _POSITIONS))
-            self._seen[layer] = flat.detach()[rows].unsqueeze(0)  # (1, positions, D)
+            if is_recomputing():
+                return
+            batch, length, inner = x.shape
+            place = self._place or Place(0, batch, batch)
+            # every `stride`-th position of the whole batch, however it is divided
+            stride = max(1, place.total * length // _POSITIONS)
+            positions = -(-place.total * length // stride)
+            start = -place.first * length % stride
+            slot = (place.first * length + start) // stride
+
+            def put(found: dict[int, Tensor], values: Tensor) -> None:
+                picked = values[: place.rows].reshape(-1, inner)[start::stride]
+                whole_batch = found.setdefault(layer, picked.new_zeros(1, positions, inner))
+                whole_batch[0, slot : slot + len(picked)] = picked
+
+            put(self._seen, x.detach())
             if self.config.scan_gradient_weighted and x.requires_grad:
-
-                def keep(gradient: Tensor) -> None:
-                    self._gradients[layer] = gradient.reshape(flat.shape)[rows].unsqueeze(0)
-
-                x.register_hook(keep)
+                x.register_hook(lambda gradient: put(self._gradients, gradient))
 
         return observe

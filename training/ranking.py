@@ -18,7 +18,10 @@ from training.config import TrainingConfig
 from training.cut import check_widths, choose_channels, choose_states, exact_mask, gate_block
 from training.gates import block_of_channel
 from training.gating import mixers_of
+from training.parts import Place
+from training.recompute import is_recomputing
 from training.sparsity import masking_statistics
+from training.team import ALONE, Team
 from yunmin.axes import layer_prefix
 from yunmin.errors import TrainingError
 from yunmin.gated import GatedMixer
@@ -34,6 +37,7 @@ class Ranking:
         model: built with `GatedMixer`; gets observers while activations are measured.
         config: ranking, targets and multiples.
         generator: of random scores.
+        team: that trains together.
 
     Raises:
         ConfigError: blocks or multiples do not fit the layers' widths.
@@ -41,11 +45,13 @@ class Ranking:
 
     block = 1  # no block is learned, so the order may change up to the cut
 
-    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator) -> None:
+    def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
         check_widths(model.config, config)
         self.model = model
+        self.team = team
         self.config = config
         self.steps = 0
+        self.place: Place | None = None
         widths, states = model.config.d_inner, model.config.d_state
         if config.gate_ranking == "random":  # drawn now, so that checkpoints of the phase hold them
             self.channels = [torch.rand(d, generator=generator, dtype=torch.float64) for d in widths]
@@ -66,6 +72,10 @@ class Ranking:
                 for layer, mixer in enumerate(mixers_of(self.model))
             ]
 
+    def show(self, place: Place) -> None:
+        """Says which sequences of the batch come next."""
+        self.place = place
+
     def penalty(self) -> Tensor:
         """Zero: nothing pulls the weights towards a sparsity."""
         return torch.zeros((), device=self.model.device)
@@ -73,8 +83,8 @@ class Ranking:
     def ascend(self) -> None:
         """Adds what the step's activations showed."""
         for layer, (channels, states) in self._seen.items():
-            self.channels[layer] += channels.cpu()
-            self.states[layer] += states.cpu()
+            self.channels[layer] += self.team.total(channels).cpu()
+            self.states[layer] += self.team.total(states).cpu()
         self.steps += bool(self._seen)
         self._seen.clear()
 
@@ -156,11 +166,12 @@ class Ranking:
 
     def _observer(self, layer: int, mixer: GatedMixer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def observe(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or is_recomputing():
                 return
             with torch.no_grad():
-                x = inputs[0].detach().double().flatten(0, -2)  # (B*L, D)
-                _, B_ssm, C_ssm = output.detach().double().flatten(0, -2).split(mixer.split_sizes, dim=-1)
+                rows = None if self.place is None else self.place.rows
+                x, maps = (t.detach()[:rows].double().flatten(0, -2) for t in (inputs[0], output))  # (B*L, _)
+                _, B_ssm, C_ssm = maps.split(mixer.split_sizes, dim=-1)
                 reach = (B_ssm * C_ssm).abs().sum(0) * state_gains(mixer)  # (N,)
                 channels, states = self._seen.get(layer, (0.0, 0.0))
                 self._seen[layer] = (channels + x.abs().sum(0), states + reach)
@@ -198,7 +209,7 @@ def state_gains(mixer: GatedMixer) -> Tensor:
     more, so that |B C| alone would rank states of different decay wrongly.
     """
     delta = F.softplus(mixer.dt_proj.bias.double())[:, None]  # (D, 1)
-    return (delta / -torch.expm1(-delta * mixer.A_log.double().exp())).mean(0).cpu()
+    return (delta / -torch.expm1(-delta * mixer.A_log.double().exp())).mean(0)
 
 
 def _squares(weight: Tensor, axis: int) -> Tensor:

@@ -113,6 +113,20 @@ def truncate_metrics(run: Path, lines: int) -> None:
         aside.write_text("".join(kept[:lines]), encoding="utf-8")
 
 
+class NoRecords(Records):
+    """What processes other than a team's first write: nothing."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.wandb_id = None
+
+    def write(self, step: int, kind: str, phase: str, values: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 class Screen:
     """Lines and a progress bar on a terminal, plain lines elsewhere.
 
@@ -160,6 +174,16 @@ class Screen:
         """Moves the bar, where there is one."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, phase=phase, loss=loss, rate=rate)
+
+
+class NoScreen(Screen):
+    """What processes other than a team's first show: nothing."""
+
+    def __init__(self) -> None:
+        self._bar = None
+
+    def line(self, text: str) -> None:
+        """Shows nothing."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:

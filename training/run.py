@@ -11,10 +11,11 @@ import torch
 import yaml
 
 from training.checkpointing import checkpoints_of, read_progress
-from training.config import ARCHITECTURE_KEYS, RECORD_KEYS, TrainingConfig, load_config
+from training.config import ARCHITECTURE_KEYS, RESUMABLE_KEYS, TrainingConfig, load_config
 from training.data import SYNTHETIC
-from training.records import Records, Screen, require_packages, truncate_metrics
+from training.records import NoRecords, NoScreen, Records, Screen, require_packages, truncate_metrics
 from training.start import continue_from, start_from
+from training.team import is_launched, joined, local_rank
 from training.trainer import Trainer, TrainingResult
 from yunmin.checkpoint import load_checkpoint
 from yunmin.errors import CheckpointError, ConfigError
@@ -30,16 +31,19 @@ def train(config: TrainingConfig) -> TrainingResult:
         ConfigError: an impossible combination of keys, or the run folder exists.
         YunminError: as data, checkpoint and trainer say.
     """
-    run = Path(config.output_dir) / (config.run_name or time.strftime("run-%Y%m%d-%H%M%S"))
-    if run.exists():
-        raise ConfigError(f"run_name: {run} exists; continue it with --resume {run}, or choose another name")
     require_packages(config)
     device = _device(config)
-    with torch.random.fork_rng(_cuda(device)):  # the caller's random state is not ours to change
-        trainer = Trainer(config, run, start_from(config), device)
-        run.mkdir(parents=True)
-        _write_config(run, config)
-        return _run(trainer, Records(run, config), done=0)
+    # the caller's random state is not ours to change
+    with joined(config) as team, torch.random.fork_rng(_cuda(device)):
+        name = team.from_first(config.run_name or time.strftime("run-%Y%m%d-%H%M%S"))
+        run = Path(config.output_dir) / name
+        if team.from_first(run.exists()):
+            raise ConfigError(f"run_name: {run} exists; continue it with --resume {run}, or choose another name")
+        trainer = Trainer(config, run, start_from(config), device, team)
+        if team.is_first:
+            run.mkdir(parents=True)
+            _write_config(run, config)
+        return _run(trainer, Records(run, config) if team.is_first else NoRecords(), done=0)
 
 
 def resume(source: str | Path, overrides: Sequence[str] = ()) -> TrainingResult:
@@ -47,7 +51,7 @@ def resume(source: str | Path, overrides: Sequence[str] = ()) -> TrainingResult:
 
     Args:
         source: the run folder, or its newest checkpoint.
-        overrides: `key=value` of what a run records; nothing else may change.
+        overrides: `key=value` of what a run records and how it computes; nothing else may change.
 
     Raises:
         ConfigError: another key is overridden.
@@ -56,17 +60,20 @@ def resume(source: str | Path, overrides: Sequence[str] = ()) -> TrainingResult:
     run, checkpoint = _find(Path(source))
     for override in overrides:
         key = override.partition("=")[0]
-        if key not in RECORD_KEYS:
-            raise ConfigError(f"{key}: cannot change when a run is resumed, only {', '.join(RECORD_KEYS)} can")
+        if key not in RESUMABLE_KEYS:
+            raise ConfigError(f"{key}: cannot change when a run is resumed, only {', '.join(RESUMABLE_KEYS)} can")
     config = load_config(run / CONFIG_FILE, list(overrides))
     require_packages(config)
     progress = read_progress(checkpoint)
     device = _device(config)
-    with torch.random.fork_rng(_cuda(device)):
-        trainer = Trainer(config, run, continue_from(config, load_checkpoint(checkpoint)), device)
+    with joined(config) as team, torch.random.fork_rng(_cuda(device)):
+        trainer = Trainer(config, run, continue_from(config, load_checkpoint(checkpoint)), device, team)
         trainer.resume(checkpoint, progress)
-        truncate_metrics(run, progress.metrics_lines)
-        return _run(trainer, Records(run, config, progress.step, progress.wandb_id), done=progress.step)
+        records: Records = NoRecords()
+        if team.is_first:
+            truncate_metrics(run, progress.metrics_lines)
+            records = Records(run, config, progress.step, progress.wandb_id)
+        return _run(trainer, records, done=progress.step)
 
 
 def resolved(config: TrainingConfig) -> dict[str, Any]:
@@ -90,14 +97,17 @@ def to_yaml(config: TrainingConfig) -> str:
 
 def _run(trainer: Trainer, records: Records, done: int) -> TrainingResult:
     try:
-        with Screen(trainer.total_steps, done) as screen:
+        with Screen(trainer.total_steps, done) if trainer.team.is_first else NoScreen() as screen:
             if not done:
-                data = trainer.start.data
+                data, team = trainer.start.data, trainer.team
                 screen.line(
                     f"{trainer.run_folder}: {trainer.total_steps} steps of {trainer.config.batch_size} sequences; "
                     f"{len(data.training):,} sequences of {trainer.config.sequence_length} tokens "
                     f"from {data.training_documents:,} documents, {data.validation.numel():,} tokens held out"
                 )
+                if team.size > 1:
+                    kept = "a shard of the weights" if team.is_sharded else "all weights"
+                    screen.line(f"{team.size} processes, each with {kept} and its share of every batch")
             return trainer.run(records, screen)
     finally:
         records.close()
@@ -122,9 +132,13 @@ def _device(config: TrainingConfig) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and is_launched():
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device

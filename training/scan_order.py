@@ -115,6 +115,10 @@ class VariableScanOptimizer:
         """The channel at each position, int64 (D,)."""
         return self._order.clone()
 
+    def adopt(self, order: Tensor) -> None:
+        """Takes over the order that another process solved for."""
+        self._order = order.clone()
+
     def get_inverse_permutation(self) -> Tensor:
         """The position of each channel, int64 (D,)."""
         return torch.argsort(self._order)

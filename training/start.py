@@ -11,6 +11,7 @@ import torch
 
 from training.config import TrainingConfig
 from training.data import TrainingData, is_synthetic, load_synthetic, load_text, read_and_split
+from training.recompute import RecomputedMixer
 from yunmin.checkpoint import Checkpoint, load_checkpoint
 from yunmin.config import MambaConfig
 from yunmin.corpus import texts_of
@@ -48,7 +49,7 @@ def start_from(config: TrainingConfig) -> Start:
 
 def continue_from(config: TrainingConfig, checkpoint: Checkpoint) -> Start:
     """Takes weights, tokenizer and vocabulary from a checkpoint of the run itself."""
-    model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors, mixer=GatedMixer)
+    model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors, mixer=mixer_of(config))
     return Start(model, _data_for(config, checkpoint), _tokenizer_files(checkpoint.folder))
 
 
@@ -78,7 +79,7 @@ def _from_scratch(config: TrainingConfig) -> Start:
     rng = torch.Generator().manual_seed(config.seed)
     if is_synthetic(config):
         data = load_synthetic(config, config.vocab_size, separator=0)
-        return Start(_fresh_model(MambaConfig.create(**options), rng), data, {})
+        return Start(_fresh_model(MambaConfig.create(**options), mixer_of(config), rng), data, {})
     split = read_and_split(config)
     tokenizer = Tokenizer.train(texts_of(split[0]), config.vocab_size)
     assert tokenizer.eos_id is not None
@@ -87,16 +88,21 @@ def _from_scratch(config: TrainingConfig) -> Start:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         files = _tokenizer_files(Path(folder))
-    return Start(_fresh_model(model_config, rng), data, files)
+    return Start(_fresh_model(model_config, mixer_of(config), rng), data, files)
 
 
-def _fresh_model(config: MambaConfig, rng: torch.Generator) -> MambaLM:
+def mixer_of(config: TrainingConfig) -> type[GatedMixer]:
+    """The mixer that a run's model is built with."""
+    return RecomputedMixer if config.gradient_checkpointing else GatedMixer
+
+
+def _fresh_model(config: MambaConfig, mixer: type[GatedMixer], rng: torch.Generator) -> MambaLM:
     """Mamba's initialization, with the residual branches scaled down as `mamba_ssm` does.
 
     The config does not say so afterwards: transformers 5 would scale loaded weights once more.
     """
     fresh = MambaLM.initialized(replace(config, rescale_prenorm_residual=True), rng)
-    return MambaLM.from_tensors(config, fresh.tensors(), GatedMixer)
+    return MambaLM.from_tensors(config, fresh.tensors(), mixer)
 
 
 def _data_for(config: TrainingConfig, checkpoint: Checkpoint) -> TrainingData:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +14,29 @@ from types import FrameType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from training.adaptive import AdaptiveModel
 from training.allocator import freed_memory_kept
-from training.checkpointing import Progress, checkpoints_of, prune_checkpoints, restore_state, save_checkpoint
+from training.checkpointing import Progress, checkpoints_of, prune_checkpoints, read_state, save_checkpoint
 from training.clock import Clock
 from training.config import TrainingConfig
-from training.data import IGNORED, BatchOrder
+from training.data import BatchOrder
+from training.learning import Learner, Loss, mean_cross_entropy
+from training.optimization import clip_gradients, moments_of, named_parameters, new_optimizer
+from training.parallel import Parallel, whole, without_gradients
+from training.parts import Part, parts_of, tokens_of
 from training.phases import Phase, PhaseSpan, plan_phases
 from training.records import Records, Screen, described, duration, peak_memory_bytes
 from training.schedule import rate_factor_in_run
-from training.start import Start
-from yunmin.checkpoint import load_checkpoint
+from training.start import Start, mixer_of
+from training.team import ALONE, Team
 from yunmin.errors import TrainingError
 from yunmin.model import MambaLM
 from yunmin.perplexity import perplexity
 from yunmin.pillars import load_pillars
 from yunmin.threads import get_threads
 
+_LAUNCHER_REPEATS_S = 5.0  # a terminal signals every process, and the launcher its own ones once more
 HARD_GATES = "hard_gates"  # the validation right after the gates were made exact, before anything recovers
 
 
@@ -60,18 +65,6 @@ class TrainingResult:
     parameters: int
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """The parts of one step's loss, and what was learned from."""
-
-    total: float
-    cross_entropy: float
-    regularization: float
-    distillation: float
-    gradient_norm: float
-    tokens: int
-
-
 class Trainer:
     """One run.
 
@@ -80,20 +73,27 @@ class Trainer:
         run: its folder, which exists.
         start: model, data and tokenizer.
         device: to train on.
+        team: that trains together; all of it must make the same calls.
     """
 
-    def __init__(self, config: TrainingConfig, run: Path, start: Start, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainingConfig, run: Path, start: Start, device: torch.device, team: Team = ALONE
+    ) -> None:
         self.config = config
         self.run_folder = run
         self.start = start
         self.device = device
+        self.team = team
         self.order = BatchOrder(len(start.data.training), config.batch_size, config.seed)
         self.total_steps = config.max_steps or config.num_epochs * self.order.batches_per_epoch
         self.spans = plan_phases(config, self.total_steps)
         self.data_sha256 = start.data.sha256
+        if team.any(team.from_first(self.data_sha256) != self.data_sha256):
+            raise TrainingError("the processes read different data; every machine needs the same files")
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.adaptive = AdaptiveModel(start.model.to(device), config, self.generator)
-        self.teacher: MambaLM | None = None
+        self.adaptive = AdaptiveModel(start.model.to(device), config, self.generator, team)
+        self._learner = Learner(config, team, device)
+        self._parallel: Parallel | None = None
         self.step = 0
         self.tokens = 0
         self.validations: dict[str, float] = {}
@@ -103,6 +103,7 @@ class Trainer:
         self._checkpoint: Path | None = None
         self._trainable: dict[str, int] = {}
         self._stop_asked = threading.Event()
+        self._stops = False  # whether any process of the team was asked to
         self._threads = get_threads()  # also applies YUNMIN_THREADS, before anything is computed
 
     # --- taking a run up again ------------------------------------------------------------------------------------
@@ -119,9 +120,8 @@ class Trainer:
         if self.order.position(progress.step) != (progress.epoch, progress.batch) or progress.step > self.total_steps:
             raise TrainingError(f"{checkpoint}: step {progress.step} does not fit the plan of {self.total_steps} steps")
         self.adaptive.restore(progress.phase, load_pillars(checkpoint, self.adaptive.model.config), checkpoint)
-        self.adaptive.model.to(self.device).train()
-        self._optimizer = self._new_optimizer()
-        restore_state(checkpoint, self._optimizer, self.generator, self.device)
+        trained = named_parameters(self.adaptive.parameter_groups())
+        self._optimize(read_state(checkpoint, trained, self.generator, self.device))
         self._rng_state = torch.get_rng_state()
         self.step, self.tokens = progress.step, progress.tokens
         self.validations = dict(progress.validations)
@@ -143,7 +143,7 @@ class Trainer:
                 torch.set_rng_state(self._rng_state)
                 self._announce_resumption(screen, self._resumed_from)
             self._clock = Clock()
-            while self.step < self.total_steps and not self._stop_asked.is_set():
+            while self.step < self.total_steps and not self._stops:
                 span = next(span for span in self.spans if span.start <= self.step < span.stop)
                 if span != self._entered:
                     self._enter(span, records, screen)
@@ -164,9 +164,12 @@ class Trainer:
 
     def _enter(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
         before = self.adaptive.phase if self._entered is not None else None
+        moments = moments_of(self._optimizer)
+        self._optimizer = self._parallel = None
+        if self.team.is_sharded and before is not None:
+            self._reassemble()
         lines = self.adaptive.enter(span.phase, self._importance_losses())
-        self.adaptive.model.to(self.device).train()
-        self._optimizer = self._new_optimizer(self._optimizer)
+        self._optimize(moments)
         self._entered = span
         trainable, everything = self.adaptive.trainable_parameters()
         self._trainable[span.phase] = trainable
@@ -183,122 +186,94 @@ class Trainer:
         if before is Phase.GATES:
             self._validate(HARD_GATES, records, screen)
 
-    def _importance_losses(self) -> Iterator[Tensor]:
-        """Losses of the adapter phase's first batches, with gates as they are then."""
-        for step in range(self.step, self.step + (self.config.importance_steps or 0)):
-            inputs, labels = (t.to(self.device) for t in self.start.data.training.batch(self.order.rows(step)))
-            with self._products():
-                logits = self.adaptive.model.train()(inputs)  # (B, L, V)
-            yield F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+    def _importance_losses(self) -> Iterator[Iterator[Tensor]]:
+        """Losses of the adapter phase's first batches, part by part, with gates as they are then."""
+
+        def losses(step: int) -> Iterator[Tensor]:
+            for part in self._parts(step):
+                self.adaptive.show(part.place)
+                with self._learner.products():
+                    logits = self.adaptive.model(part.inputs)  # (B, L, V)
+                yield part.share * mean_cross_entropy(logits, part.labels)
+
+        self.adaptive.model.train()
+        return (losses(self.step + ahead) for ahead in range(self.config.importance_steps or 0))
+
+    def _reassemble(self) -> None:
+        """Puts a model in one piece in place of a sharded one, as if resumed from a checkpoint."""
+        adaptive = self.adaptive
+        tensors = {name: whole(tensor).cpu() for name, tensor in adaptive.model.tensors().items()}
+        model = MambaLM.from_tensors(adaptive.model.config, tensors, mixer_of(self.config))
+        random_state = self.generator.get_state()
+        self.adaptive = AdaptiveModel(model, self.config, self.generator, self.team)
+        self.adaptive.restore(adaptive.phase, adaptive.pillars(), self.run_folder)  # adapters come last: there are none
+        self.generator.set_state(random_state)
+        model.to(self.device)
+
+    def _optimize(self, moments: Mapping[str, Tensor]) -> None:
+        """Distributes the phase's model over the team, and makes its optimizer."""
+        self.adaptive.model.to(self.device).train()
+        self._parallel = Parallel(self.adaptive.model, self.team)
+        self._optimizer = new_optimizer(self.adaptive.parameter_groups(), moments, self.adaptive.phase, self.device)
 
     def _one_step(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
         factor = rate_factor_in_run(self.step, self.spans, self.config)
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (factor if group["scheduled"] else 1.0)
-        loss = self._learn(span)
+        loss, norm, tokens = self._learn(span)
         lines = self.adaptive.after_step()
         self.step += 1
-        self.tokens += loss.tokens
-        self._clock.tick(loss.tokens)
+        self.tokens += tokens
+        self._clock.tick(tokens)
         for line in lines:
             screen.line(f"  step {self.step}: {line}")
         screen.advance(self.step, span.phase, loss.total, self._clock.tokens_per_second)
         is_last = self.step == span.stop
         if self.step % self.config.log_interval == 0 or is_last:
-            self._log(span, loss, records, screen)
+            self._log(span, loss, norm, records, screen)
         if is_last:
             self._validate(span.phase, records, screen)
             if span.phase is Phase.GATES and span is self.spans[-1]:
+                if self.team.is_sharded:
+                    self._reassemble()
                 for line in self.adaptive.finish():
                     screen.line(f"  {line}")
                 self._validate(HARD_GATES, records, screen)
         elif self.config.validation_interval and self.step % self.config.validation_interval == 0:
             self._validate(None, records, screen)
         interval = self.config.checkpoint_interval
-        if is_last or self._stop_asked.is_set() or (interval and self.step % interval == 0):
+        self._stops = self.team.any(self._stop_asked.is_set())
+        if is_last or self._stops or (interval and self.step % interval == 0):
             self._save(records, screen)
 
-    def _learn(self, span: PhaseSpan) -> StepLoss:
-        """Forward, backward and the optimizer's step over one batch."""
+    def _learn(self, span: PhaseSpan) -> tuple[Loss, float, int]:
+        """Forward, backward and the optimizer's step over one batch: its loss, the gradients' norm, its tokens."""
         assert self._optimizer is not None
-        adaptive, progress = self.adaptive, span.progress(self.step)
+        assert self._parallel is not None
+        adaptive = self.adaptive
         rows = self.order.rows(self.step)
-        inputs, labels = (t.to(self.device) for t in self.start.data.training.batch(rows))  # (B, L)
-        adaptive.before_step(progress)
-        with self._products():
-            logits = adaptive.model(inputs)  # (B, L, V)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
-        penalty = adaptive.penalty()
-        distillation = self._distillation(span, inputs, labels, logits)
-        loss = cross_entropy + penalty + self.config.distillation_weight * distillation
-        if not math.isfinite(loss.item()):
-            raise self._not_finite("loss", loss.item(), rows)
+        adaptive.before_step(span.progress(self.step))
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = self._clip()
+        loss = self._learner.backward(adaptive, self._parallel, self._parts(self.step), self.step)
+        if not math.isfinite(loss.total):
+            raise self._not_finite("loss", loss.total, rows)
+        self._parallel.average_gates()
+        norm = clip_gradients(self._optimizer, self.config.gradient_clip)
         if not math.isfinite(norm):
             raise self._not_finite("gradient", norm, rows)
         adaptive.after_backward()
         self._optimizer.step()
-        return StepLoss(
-            loss.item(),
-            cross_entropy.item(),
-            penalty.item(),
-            distillation.item(),
-            norm,
-            int((labels != IGNORED).sum()),
-        )
+        return loss, norm, tokens_of(self.start.data.training, rows)
 
-    def _products(self) -> torch.autocast:
-        """Within it, projections and head multiply in the configured precision; norms and scan stay in float32."""
-        is_narrow = self.config.matmul_precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_narrow)
-
-    def _clip(self) -> float:
-        """Clips the weights' gradients; those of gates have a scale of their own, and are left."""
-        assert self._optimizer is not None
-        weights = [p for group in self._optimizer.param_groups if group["scheduled"] for p in group["params"]]
-        gates = [p for group in self._optimizer.param_groups if not group["scheduled"] for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.config.gradient_clip)
-        if gates:
-            of_gates = torch.nn.utils.get_total_norm([p.grad for p in gates if p.grad is not None])
-            return math.nan if not bool(torch.isfinite(of_gates)) else float(norm)
-        return float(norm)
-
-    def _distillation(self, span: PhaseSpan, inputs: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
-        """Mean KL divergence from the starting checkpoint over the tokens that are learned, while recovering."""
-        if span.phase is not Phase.RECOVER or self.config.distillation_weight == 0:
-            return torch.zeros((), device=self.device)
-        if self.teacher is None:
-            assert self.config.checkpoint is not None
-            starting = load_checkpoint(self.config.checkpoint)
-            self.teacher = MambaLM.from_tensors(starting.config, starting.tensors).to(self.device)
-        with torch.no_grad(), self._products():
-            target = F.log_softmax(self.teacher(inputs).float(), dim=-1)
-        is_learned = labels != IGNORED
-        own = F.log_softmax(logits.float(), dim=-1)
-        return F.kl_div(own[is_learned], target[is_learned], reduction="batchmean", log_target=True)
+    def _parts(self, step: int) -> list[Part]:
+        """This process's parts of a step's batch."""
+        rows, accumulation = self.order.rows(step), self.config.gradient_accumulation
+        return parts_of(self.start.data.training, rows, self.team, accumulation, self.device)
 
     # --- beside the steps -----------------------------------------------------------------------------------------
 
-    def _new_optimizer(self, before: torch.optim.Optimizer | None = None) -> torch.optim.AdamW:
-        """An optimizer for the phase's parameters; those that had moments keep them."""
-        groups = [group for group in self.adaptive.parameter_groups() if group["params"]]
-        if not groups:
-            raise TrainingError(f"phase {self.adaptive.phase}: nothing to train; see lora_share and ia3_share")
-        optimizer = torch.optim.AdamW(
-            [{**group, "peak_lr": group["lr"]} for group in groups],
-            betas=(0.9, 0.95),
-            fused=self.device.type == "cpu",  # one pass over memory instead of ten
-        )
-        for group in optimizer.param_groups if before is not None else ():
-            for parameter in group["params"]:
-                if before is not None and parameter in before.state:
-                    optimizer.state[parameter] = before.state[parameter]
-        return optimizer
-
-    def _log(self, span: PhaseSpan, loss: StepLoss, records: Records, screen: Screen) -> None:
+    def _log(self, span: PhaseSpan, loss: Loss, norm: float, records: Records, screen: Screen) -> None:
         assert self._optimizer is not None
         rate = self._optimizer.param_groups[0]["lr"]
         speed = self._clock.tokens_per_second
@@ -316,7 +291,7 @@ class Trainer:
                 "regularization": loss.regularization,
                 "distillation": loss.distillation,
                 "learning_rate": rate,
-                "gradient_norm": loss.gradient_norm,
+                "gradient_norm": norm,
                 "tokens_per_second": speed,
                 **statistics,
             },
@@ -335,7 +310,7 @@ class Trainer:
         window = self.config.sequence_length
         with self.adaptive.evaluation():
             result = perplexity(
-                self.adaptive.model,
+                without_gradients(self.adaptive.model),
                 self.start.data.validation,
                 window=window,
                 stride=window,
@@ -377,7 +352,8 @@ class Trainer:
         self._checkpoint = save_checkpoint(
             self.run_folder, progress, self.adaptive, self._optimizer, self.generator, self.start.tokenizer_files
         )
-        prune_checkpoints(self.run_folder, self.config.keep_checkpoints)
+        if self.team.is_first:
+            prune_checkpoints(self.run_folder, self.config.keep_checkpoints)
         screen.line(f"step {self.step}: wrote {self._checkpoint}")
         self._clock.skip()
 
@@ -406,12 +382,16 @@ class Trainer:
 
         def ask(number: int, _frame: FrameType | None) -> None:
             if self._stop_asked.is_set():
+                if self.team.size > 1 and time.monotonic() - asked[-1] < _LAUNCHER_REPEATS_S:
+                    return
                 raise KeyboardInterrupt
+            asked.append(time.monotonic())
             self._stop_asked.set()
             screen.line(
                 f"{signal.Signals(number).name}: finishing the step and writing a checkpoint; again to stop now"
             )
 
+        asked: list[float] = []
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -14,8 +14,8 @@ from tests.models import random_ids, random_model, small_config, trained_tokeniz
 from tests.training.runs import interrupt_after
 from tests.training.test_resume import assert_same_checkpoint
 from training.adapters import Allocation, allocate, inject_adapters, ranks_within
-from training.checkpointing import optimizer_tensors
 from training.config import TrainingConfig, parse_config
+from training.optimization import moments_of
 from training.phases import Phase
 from training.run import resume, train
 from yunmin.axes import PROJECTIONS
@@ -160,7 +160,7 @@ def test_measuring_with_frozen_weights_gives_the_gradients_of_training() -> None
 
     def losses() -> Any:
         for _ in range(3):
-            yield loss(frozen)
+            yield [loss(frozen)]
             seen.append(any(p.grad is not None for p in frozen.model.parameters()))
 
     frozen.adaptive.enter(Phase.ADAPTERS, losses())
@@ -170,7 +170,7 @@ def test_measuring_with_frozen_weights_gives_the_gradients_of_training() -> None
     dense.adaptive.after_backward()
     assert torch.allclose(frozen.adaptive._probe.scores / 3, dense.adaptive._probe.scores)
     optimizer = torch.optim.AdamW(frozen.adaptive.parameter_groups())
-    assert optimizer_tensors(optimizer) == {}
+    assert moments_of(optimizer) == {}
 
 
 def test_weights_that_train_no_longer_keep_no_gradients() -> None:

@@ -63,7 +63,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         write_checkpoint(folder, self.model.config, self.model.tensors())
         save_pillars(folder, self.adaptive.pillars())
-        self.adaptive.save_adapters(folder)
+        self.adaptive.adapters().save(folder / "adapters")
 
 
 VARIANTS: list[dict[str, Any]] = [
