@@ -35,6 +35,7 @@ from yunmin.corpus import read_documents, texts_of
 from yunmin.errors import ConfigError, YunminError
 from yunmin.files import atomic_file, sha256_file, write_json
 from yunmin.machine import machine_facts, memory_bytes, reset_peak_memory
+from yunmin.memory import trim_heap
 from yunmin.perplexity import token_stream
 from yunmin.quantization.layout import Format
 
@@ -198,8 +199,9 @@ class Laboratory:
     def _train(self, experiment: Experiment, folder: Path) -> dict[str, Any]:
         """Trains, or goes on; seconds and the peak of memory are of this call."""
         self.report(f"{experiment.label}: training")
-        before, _ = memory_bytes()
+        trim_heap()  # what an earlier experiment left would be used again, and would not show
         reset_peak_memory()
+        before, _ = memory_bytes()
         begun = time.perf_counter()
         with (folder / "train.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
             trained = self._trained(experiment, folder / "run")
@@ -209,7 +211,7 @@ class Laboratory:
             "validation_perplexity": trained.validations,
             "trainable_parameters": (trainable := trainable_by_phase(folder / "run")),
             "adapted_parameters": list(trainable.values())[-1],
-            "training_memory_bytes": memory_bytes()[1] - before,
+            "training_memory_bytes": max(0, memory_bytes()[1] - before),
             "seconds": time.perf_counter() - begun,
         }
 
