@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training.config import TrainingConfig
 from training.parallel import whole
+from training.spectrum import Spectrum
 from yunmin.errors import ConfigError
 from yunmin.files import write_safetensors
 from yunmin.model import MambaLM
@@ -111,8 +112,43 @@ def ranks_within(
     return ranks
 
 
+def ranks_by_worth(
+    sizes: Mapping[str, tuple[int, int]],
+    allocation: Allocation,
+    config: TrainingConfig,
+    spectra: Mapping[str, Spectrum],
+) -> dict[str, int]:
+    """The rank of LoRA on each projection, within the budget of `ranks_within`: one, and whatever ranks are worth most.
+
+    Args:
+        sizes: inputs and outputs by module name.
+        allocation: where adapters go.
+        config: gives the budget; without `adapter_parameters` it is what `peft_r` on all of them would train.
+        spectra: what ranks are worth, by module name.
+
+    Raises:
+        ConfigError: the budget is less than IA3 and LoRA of rank 1 take.
+    """
+    ranks_within(sizes, allocation, config)  # refuses what is too little
+    if config.adapter_parameters is None:
+        left = config.peft_r * sum(sum(sizes[name]) for name in allocation.lora)
+    else:
+        left = config.adapter_parameters - sum(sizes[name][1] for name in allocation.ia3)
+    ranks = dict.fromkeys(allocation.lora, 1)
+    left -= sum(sum(sizes[name]) for name in ranks)
+    more = [(float(worth), name) for name in ranks for worth in spectra[name].worth[1 : min(sizes[name])]]
+    for _, name in sorted(more, key=lambda one: (-one[0], one[1])):
+        if sum(sizes[name]) <= left:
+            ranks[name], left = ranks[name] + 1, left - sum(sizes[name])
+    return ranks
+
+
 def inject_adapters(
-    model: MambaLM, allocation: Allocation, config: TrainingConfig, generator: torch.Generator
+    model: MambaLM,
+    allocation: Allocation,
+    config: TrainingConfig,
+    generator: torch.Generator,
+    spectra: Mapping[str, Spectrum] | None = None,
 ) -> dict[str, PeftConfig]:
     """Adds fresh adapters to a model, in place, under the names `lora` and `ia3`.
 
@@ -123,6 +159,7 @@ def inject_adapters(
         allocation: where.
         config: rank or budget, alpha and dropout.
         generator: of LoRA's initial values.
+        spectra: of the weights' gradients, where ranks or first directions go by them.
 
     Returns:
         The configurations by adapter name.
@@ -132,7 +169,11 @@ def inject_adapters(
     """
     configs: dict[str, PeftConfig] = {}
     if allocation.lora:
-        ranks = ranks_within(_sizes(model, (*allocation.lora, *allocation.ia3)), allocation, config)
+        sizes = _sizes(model, (*allocation.lora, *allocation.ia3))
+        if spectra and config.importance == "spectrum" and config.allocation == "importance":
+            ranks = ranks_by_worth(sizes, allocation, config, spectra)
+        else:
+            ranks = ranks_within(sizes, allocation, config)
         rank = min(ranks.values())
         larger = {name: r for name, r in ranks.items() if r > rank}
         scale = config.peft_alpha / config.peft_r  # the same, whatever the ranks are
@@ -152,7 +193,18 @@ def inject_adapters(
         torch.manual_seed(seed)  # peft draws from the global source
         for name, peft_config in configs.items():
             inject_adapter_in_model(peft_config, adapter_host(model), adapter_name=name)
+    if spectra and config.lora_init == "gradient":
+        _begin_along_gradients(model, allocation.lora, spectra)
     return configs
+
+
+@torch.no_grad()
+def _begin_along_gradients(model: MambaLM, names: Sequence[str], spectra: Mapping[str, Spectrum]) -> None:
+    """Gives A the leading directions of the gradients, as long as the rows that it was drawn with; B stays zero."""
+    for name in names:
+        a = model.get_parameter(f"{name}.lora_A.lora.weight")  # (r, in)
+        directions = spectra[name].directions[: a.shape[0]].to(a)
+        a[: directions.shape[0]] = directions * a.norm(dim=1).mean()
 
 
 def _sizes(model: MambaLM, names: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -22,6 +22,7 @@ from training.parts import Place
 from training.phases import Phase
 from training.ranking import Ranking
 from training.sparsity import masking_statistics
+from training.spectrum import Spectrum, SpectrumProbe
 from training.team import ALONE, Team
 from yunmin.axes import PROJECTIONS, layer_prefix
 from yunmin.errors import ConfigError, TrainingError
@@ -64,6 +65,7 @@ class AdaptiveModel:
             },
             team,
         )
+        self._spectra: dict[str, Spectrum] = {}
         self._scans = ScanOrders(model, config, generator, team)
         self._scans.observe(wanted=True)
         self._watch = GradientWatch(model, self.phase, team)
@@ -292,7 +294,7 @@ class AdaptiveModel:
         scores = self._importance()
         masked = {name.removesuffix(".weight") for name in self._fixed.weight_masks}
         allocation = allocate(scores, self.config, masked)
-        self._adapters = inject_adapters(self.model, allocation, self.config, self._generator)
+        self._adapters = inject_adapters(self.model, allocation, self.config, self._generator, self._spectra)
         self.model.to(self.model.device)
         self._train_only_adapters()
         return lines + _describe(allocation, scores, self.config)
@@ -303,12 +305,20 @@ class AdaptiveModel:
         self._scans.observe(wanted=is_first)
         self._rebuild_probe()
         self._probe.attach()
+        config = self.config
+        wants_spectra = config.importance == "spectrum" or config.lora_init == "gradient"
+        spectrum = SpectrumProbe(self._probe.projections, self.team) if wants_spectra else None
+        if spectrum is not None:
+            spectrum.attach()
         for losses in batches:
             for loss in losses:
                 (loss * self.team.size).backward()
             self._probe.collect()
             self._scans.update()
         self._probe.detach()
+        if spectrum is not None:
+            spectrum.detach()
+            self._spectra = spectrum.spectra()
         return self._order_changed(self._scans.solve()) if is_first else []
 
     def _importance(self) -> dict[str, float]:
@@ -318,6 +328,8 @@ class AdaptiveModel:
             return dict.fromkeys(names, 0.0)
         if self.config.allocation == "random":
             return dict(zip(names, torch.rand(len(names), generator=self._generator).tolist(), strict=True))
+        if self.config.importance == "spectrum":
+            return {name: float(self._spectra[name].worth[0]) for name in names}
         if self.config.importance == "gradient":
             if self._probe.steps == 0:
                 raise TrainingError("importance was never measured: the phase before the adapters is too short")

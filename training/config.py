@@ -159,8 +159,12 @@ class TrainingConfig(BaseModel):
         ("in_proj", "x_proj", "dt_proj"),
         description="projections that may get LoRA; linear: in_proj, out_proj; s6: x_proj, dt_proj; all",
     )
-    importance: Literal["gradient", "probability", "magnitude"] = Field(
-        "gradient", description="what ranks projections"
+    importance: Literal["gradient", "spectrum", "probability", "magnitude"] = Field(
+        "gradient",
+        description="what ranks projections; spectrum also gives each the rank of LoRA that its gradient is worth",
+    )
+    lora_init: Literal["random", "gradient"] = Field(
+        "random", description="LoRA's first directions: by chance, or those of the weights' gradients"
     )
     importance_steps: Count | None = Field(
         None,
@@ -203,10 +207,19 @@ class TrainingConfig(BaseModel):
             raise ValueError(f"mask_n must be below mask_m, got {self.mask_n} of {self.mask_m}")
         if self.masking_tau > self.masking_initial_tau:
             raise ValueError("masking_tau must be at most masking_initial_tau: the temperature only falls")
-        if self.importance != "gradient" and self.gate_ranking != "learned":
+        if self.importance in ("probability", "magnitude") and self.gate_ranking != "learned":
             raise ValueError(f"importance={self.importance} is a measure of gates, gate_ranking must be learned")
-        if self.importance_steps and (self.importance != "gradient" or self.allocation != "importance"):
-            raise ValueError("importance_steps is for importance=gradient and allocation=importance")
+        needs_gradients = self.lora_init == "gradient" or (
+            self.importance == "spectrum" and self.allocation == "importance"
+        )
+        if needs_gradients and self.importance_steps is None and self.enable_peft:
+            key = "lora_init=gradient" if self.lora_init == "gradient" else "importance=spectrum"
+            raise ValueError(f"{key} needs importance_steps, the batches to measure gradients with")
+        ranks_gradients = self.importance == "gradient" and self.allocation == "importance"
+        if self.importance_steps and not (needs_gradients or ranks_gradients):
+            raise ValueError(
+                "importance_steps is for allocation=importance by gradient or spectrum, or for lora_init=gradient"
+            )
         is_measured = self.allocation != "importance" or self.importance_steps is not None
         if self.enable_peft and not self.enable_masking and self.dense_share == 0 and not is_measured:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Pillar 3: LoRA and IA3 allotted by importance, against uniform and random allotment, IA3 alone and full fine-tuning.
 
-Base models learn one text; then each way learns another one, for as many steps. All ways with LoRA train as many
+Importance is measured in two ways: by the spectra of the weights' gradients, which give each projection a rank, too, and
+by mean |g dL/dg| of a multiplier g on its outputs. LoRA begins by chance or along the gradients. Base models learn one text; then each way learns another one, for as many steps. All ways with LoRA train as many
 numbers, up to what a rank is. Each has the learning rate that is best for it on the tuning text, with the first seed.
 """
 
@@ -19,9 +20,9 @@ from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 
 TITLE = "Hybrid adapters"
-QUESTION = "Does allotting LoRA and IA3 by importance adapt better than uniform LoRA with as many trainable numbers?"
+QUESTION = "Does allotting LoRA and IA3 by importance adapt better than uniform LoRA that trains as many numbers?"
 KEEPS = False  # whether artifacts are needed to measure further
-REFERENCE = "uniform"
+REFERENCE = "uniform LoRA"
 BUDGETS: dict[str, int] = {"tiny": 3000, "2m": 40_000, "10m": 120_000}  # trainable numbers, by the model's size
 RATES = (3e-3, 1e-2, 3e-2)
 _PEFT: dict[str, Any] = {
@@ -32,26 +33,21 @@ _PEFT: dict[str, Any] = {
     "lora_targets": ["in_proj", "x_proj", "dt_proj", "out_proj"],
     "peft_dropout": 0.0,
 }
-_PROBED = {"importance_steps": 20}
+_SHARES: dict[str, Any] = {"lora_share": 0.5, "ia3_share": 0.3}
+_SPECTRUM: dict[str, Any] = {**_SHARES, "importance": "spectrum", "importance_steps": 20}
+_ALONG_GRADIENTS: dict[str, Any] = {"lora_init": "gradient", "importance_steps": 20}
+FULL = "full fine-tuning"
 WAYS: dict[str, dict[str, Any]] = {
-    "importance": {**_PROBED},
-    "importance, LoRA only": {**_PROBED, "enable_ia3": False},
-    "uniform": {"allocation": "uniform"},
-    "uniform, linear": {"allocation": "uniform", "lora_targets": ["linear"]},
-    "uniform, s6": {"allocation": "uniform", "lora_targets": ["s6"]},
-    "random": {"allocation": "random"},
+    "hybrid by spectrum, along gradients": {**_SPECTRUM, "lora_init": "gradient"},
+    "hybrid by spectrum": _SPECTRUM,
+    "hybrid by |g dL/dg|": {**_SHARES, "importance_steps": 20},
+    "hybrid at random": {**_SHARES, "allocation": "random"},
+    "uniform LoRA": {"allocation": "uniform"},
+    "uniform LoRA, along gradients": {"allocation": "uniform", **_ALONG_GRADIENTS},
+    "uniform LoRA, linear projections": {"allocation": "uniform", "lora_targets": ["linear"]},
+    "uniform LoRA, S6 projections": {"allocation": "uniform", "lora_targets": ["s6"]},
     "IA3 everywhere": {"allocation": "random", "lora_share": 0.0, "ia3_share": 1.0},
-    "full fine-tuning": {},
-}
-_NAMES = {
-    "importance": "LoRA and IA3 by importance",
-    "importance, LoRA only": "LoRA by importance",
-    "uniform": "uniform LoRA",
-    "uniform, linear": "uniform LoRA, linear projections",
-    "uniform, s6": "uniform LoRA, S6 projections",
-    "random": "LoRA and IA3 at random",
-    "IA3 everywhere": "IA3 everywhere",
-    "full fine-tuning": "full fine-tuning",
+    FULL: {},
 }
 
 
@@ -70,10 +66,9 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
     """What was found.
 
     Returns:
-        `base`: test perplexity before adaptation is not measured here, so only the ways: `perplexity` (by way, one for
-        each seed, on the test text), `rate` (the best) and `trainable` (numbers trained).
+        By way: `perplexity` on the test text for each seed, the best `rate`, and the `trainable` numbers.
     """
-    found: dict[str, Any] = {"perplexity": {}, "rate": {}, "trainable": {}, "memory": {}}
+    found: dict[str, Any] = {"perplexity": {}, "rate": {}, "trainable": {}}
     for way in WAYS:
         rate = _best_rate(study, laboratory, way)
         results = [laboratory.run(_experiment(study, way, rate, seed)) for seed in study.seeds]
@@ -91,17 +86,17 @@ def lines(found: Mapping[str, Any]) -> list[Line]:
 def blocks(found: Mapping[str, Any]) -> list[Block]:
     """What the comparison says."""
     by_way = {line.name: line for line in lines(found)}
-    hybrid = by_way["importance"]
     rows = [
-        (_NAMES[way], f"{found['trainable'][way]:,}", f"{found['rate'][way]:g}", *table_row(line))
+        (way, f"{found['trainable'][way]:,}", f"{found['rate'][way]:g}", *table_row(line))
         for way, line in by_way.items()
     ]
-    share = 1 - found["trainable"]["importance"] / found["trainable"]["full fine-tuning"]
-    others = [said(by_way[way], _NAMES[way], "uniform LoRA") for way in ("importance, LoRA only", "random")]
+    hybrid = next(iter(WAYS))
+    share = 1 - found["trainable"][hybrid] / found["trainable"][FULL]
+    clauses = [said(line, way, REFERENCE) for way, line in by_way.items() if way not in (REFERENCE, FULL)]
     return [
         Paragraph(
-            f"At equal trainable numbers: {said(hybrid, _NAMES['importance'], 'uniform LoRA')}; "
-            f"{'; '.join(others)}. It trains {words.percent(share)} fewer numbers than full fine-tuning."
+            f"At equal trainable numbers: {'; '.join(clauses)}. The first trains {words.percent(share)} fewer numbers "
+            "than full fine-tuning."
         ),
         Table(
             ("way", "trained", "learning rate", *TABLE_HEADER),
@@ -117,7 +112,7 @@ def plot(found: Mapping[str, Any], axes: Any) -> None:
         values = found["perplexity"][way]
         axes.plot([found["trainable"][way]] * len(values), values, "o", alpha=0.4, color="gray", markersize=4)
     for way in WAYS:
-        axes.plot(found["trainable"][way], np.mean(found["perplexity"][way]), "o", label=_NAMES[way])
+        axes.plot(found["trainable"][way], np.mean(found["perplexity"][way]), "o", label=way)
     axes.set_xscale("log")
     axes.set_xlabel("trained numbers")
     axes.set_ylabel("test perplexity")
@@ -125,7 +120,7 @@ def plot(found: Mapping[str, Any], axes: Any) -> None:
 
 
 def _rates(way: str) -> tuple[float, ...]:
-    return (3e-4, 1e-3, 3e-3) if way == "full fine-tuning" else RATES
+    return (3e-4, 1e-3, 3e-3) if way == FULL else RATES
 
 
 def _best_rate(study: Study, laboratory: Laboratory, way: str) -> float:
@@ -141,7 +136,7 @@ def _best_rate(study: Study, laboratory: Laboratory, way: str) -> float:
 
 
 def _experiment(study: Study, way: str, rate: float, seed: int) -> Experiment:
-    if way == "full fine-tuning":
+    if way == FULL:
         return study.adapted(seed, {**NO_PILLARS, "learning_rate": rate}, f"adapters, {way}, rate {rate:g}")
     options = {**_PEFT, **WAYS[way], "adapter_learning_rate": rate}
     if way != "IA3 everywhere":

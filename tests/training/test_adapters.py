@@ -189,8 +189,7 @@ def test_weights_that_train_no_longer_keep_no_gradients() -> None:
     ("options", "message"),
     [
         ({"enable_masking": False, "dense_share": 0}, "to measure importance in, or importance_steps"),
-        ({"importance_steps": 2, "importance": "magnitude"}, "importance_steps is for importance=gradient"),
-        ({"importance_steps": 2, "allocation": "uniform"}, "importance_steps is for importance=gradient"),
+        ({"importance_steps": 2, "importance": "magnitude"}, "importance_steps is for allocation=importance"),
     ],
 )
 def test_impossible_measures_are_refused(options: dict[str, Any], message: str) -> None:

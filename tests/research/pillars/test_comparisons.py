@@ -57,7 +57,7 @@ def _found(name: str) -> dict[str, Any]:
 CLAIMS = {
     "scan_orders": "int4, to nearest: the best is as trained; correlation worse than the order as trained (+5.1 %",
     "masking": "50 % of channels: learned gates better than by activations (",
-    "adapters": "LoRA and IA3 by importance better than uniform LoRA (",
+    "adapters": "hybrid by spectrum better than uniform LoRA (",
     "pipeline": "three pillars, float32: three pillars, float32 worse than dense, float32 (+10.2 %",
 }
 
