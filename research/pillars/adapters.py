@@ -1,8 +1,9 @@
-"""Pillar 3: LoRA and IA3 allotted by importance, against uniform and random allotment, IA3 alone and full fine-tuning.
+"""Pillar 3: LoRA and IA3 allotted by importance, against uniform and random allotment, IA3 alone, full fine-tuning.
 
-Importance is measured in two ways: by the spectra of the weights' gradients, which give each projection a rank, too, and
-by mean |g dL/dg| of a multiplier g on its outputs. LoRA begins by chance or along the gradients. Base models learn one text; then each way learns another one, for as many steps. All ways with LoRA train as many
-numbers, up to what a rank is. Each has the learning rate that is best for it on the tuning text, with the first seed.
+Importance is measured in two ways: by the spectra of the weights' gradients, which give each projection a rank, too,
+and by mean |g dL/dg| of a multiplier g on its outputs. LoRA begins by chance or along the gradients. Base models learn
+one text; then each way learns another one, for as many steps. All ways with LoRA train as many numbers, up to what a
+rank is. Each has the learning rate that is best for it on the tuning text, with the first seed.
 """
 
 from __future__ import annotations
