@@ -62,8 +62,8 @@ class Parallel:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece; where it is sharded, all processes must call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor in one piece; where it is sharded, on the CPU, and all processes must call this together."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def shared_out(tensor: Tensor, like: Tensor) -> Tensor:

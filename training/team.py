@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,18 +76,14 @@ def joined(config: TrainingConfig) -> Iterator[Team]:
             raise ConfigError("sharding: full needs several processes; start with torchrun or accelerate launch")
         yield ALONE
         return
-    is_ours = not distributed.is_initialized()
-    if is_ours:
+    if not distributed.is_initialized():
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", init_method="env://"
         )
-    team = Team(distributed.get_rank(), distributed.get_world_size(), is_sharded)
-    try:
-        yield team
-        distributed.barrier()  # nobody leaves while the first one still writes
-    finally:
-        if is_ours:
-            distributed.destroy_process_group()
+        # not before: a second group would meet the first one's addresses in the launcher's store
+        atexit.register(distributed.destroy_process_group)
+    yield Team(distributed.get_rank(), distributed.get_world_size(), is_sharded)
+    distributed.barrier()  # nobody leaves while the first one still writes
 
 
 def is_launched() -> bool:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -29,6 +25,7 @@ from training.phases import Phase, PhaseSpan, plan_phases
 from training.records import Records, Screen, described, duration, peak_memory_bytes
 from training.schedule import rate_factor_in_run
 from training.start import Start, mixer_of
+from training.stopping import StopRequest
 from training.team import ALONE, Team
 from yunmin.errors import TrainingError
 from yunmin.model import MambaLM
@@ -36,7 +33,6 @@ from yunmin.perplexity import perplexity
 from yunmin.pillars import load_pillars
 from yunmin.threads import get_threads
 
-_LAUNCHER_REPEATS_S = 5.0  # a terminal signals every process, and the launcher its own ones once more
 HARD_GATES = "hard_gates"  # the validation right after the gates were made exact, before anything recovers
 
 
@@ -102,8 +98,7 @@ class Trainer:
         self._resumed_from: Progress | None = None
         self._checkpoint: Path | None = None
         self._trainable: dict[str, int] = {}
-        self._stop_asked = threading.Event()
-        self._stops = False  # whether any process of the team was asked to
+        self._stop = StopRequest(team)
         self._threads = get_threads()  # also applies YUNMIN_THREADS, before anything is computed
 
     # --- taking a run up again ------------------------------------------------------------------------------------
@@ -136,14 +131,14 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite, or a parameter takes no part; the last checkpoint stays as it is.
         """
-        with self._signals(screen), freed_memory_kept():
+        with self._stop.heard(screen), freed_memory_kept():
             if self._resumed_from is None:
                 torch.manual_seed(self.config.seed)  # of dropout, which knows no other source
             else:
                 torch.set_rng_state(self._rng_state)
                 self._announce_resumption(screen, self._resumed_from)
             self._clock = Clock()
-            while self.step < self.total_steps and not self._stops:
+            while self.step < self.total_steps and not self._stop.is_agreed:
                 span = next(span for span in self.spans if span.start <= self.step < span.stop)
                 if span != self._entered:
                     self._enter(span, records, screen)
@@ -164,8 +159,10 @@ class Trainer:
 
     def _enter(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
         before = self.adaptive.phase if self._entered is not None else None
-        moments = moments_of(self._optimizer)
+        moments = {} if span.phase is Phase.ADAPTERS else moments_of(self._optimizer)  # adapters start afresh
         self._optimizer = self._parallel = None
+        if self.team.size > 1:
+            gc.collect()  # what averaged the last phase's gradients listens to them until then
         if self.team.is_sharded and before is not None:
             self._reassemble()
         lines = self.adaptive.enter(span.phase, self._importance_losses())
@@ -243,8 +240,8 @@ class Trainer:
         elif self.config.validation_interval and self.step % self.config.validation_interval == 0:
             self._validate(None, records, screen)
         interval = self.config.checkpoint_interval
-        self._stops = self.team.any(self._stop_asked.is_set())
-        if is_last or self._stops or (interval and self.step % interval == 0):
+        stops = self._stop.agree()
+        if is_last or stops or (interval and self.step % interval == 0):
             self._save(records, screen)
 
     def _learn(self, span: PhaseSpan) -> tuple[Loss, float, int]:
@@ -372,29 +369,3 @@ class Trainer:
         if progress.threads != self._threads:
             screen.line(f"  with {self._threads} threads instead of {progress.threads}: sums may round otherwise")
         self._trainable[progress.phase] = self.adaptive.trainable_parameters()[0]
-
-    @contextmanager
-    def _signals(self, screen: Screen) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks to stop after the step, a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, _frame: FrameType | None) -> None:
-            if self._stop_asked.is_set():
-                if self.team.size > 1 and time.monotonic() - asked[-1] < _LAUNCHER_REPEATS_S:
-                    return
-                raise KeyboardInterrupt
-            asked.append(time.monotonic())
-            self._stop_asked.set()
-            screen.line(
-                f"{signal.Signals(number).name}: finishing the step and writing a checkpoint; again to stop now"
-            )
-
-        asked: list[float] = []
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
