@@ -318,7 +318,7 @@ class AdaptiveModel:
         self._probe.detach()
         if spectrum is not None:
             spectrum.detach()
-            self._spectra = spectrum.spectra()
+            self._spectra = self.team.from_first(spectrum.spectra())  # ranks must be the same on all processors
         return self._order_changed(self._scans.solve()) if is_first else []
 
     def _importance(self) -> dict[str, float]:
