@@ -22,7 +22,7 @@ TINY = {
     "vocab_size": 280,
     "sequence_length": 16,
     "batch_size": 2,
-    "max_steps": 4,
+    "max_steps": 12,
     "channel_multiple": 8,
     "validation_tokens": 64,
     "peft_dropout": 0.0,

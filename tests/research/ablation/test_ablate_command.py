@@ -38,7 +38,7 @@ def test_research_is_864_experiments_per_seed_at_108_points(
     assert "about " in text
     assert main([*tiny, "--mode", "research", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["grid_points"], plan["planned_per_seed"], plan["distinct"], plan["steps"]) == (108, 864, 520, 4)
+    assert (plan["grid_points"], plan["planned_per_seed"], plan["distinct"], plan["steps"]) == (108, 864, 520, 12)
     assert plan["estimated_seconds"] > 0
     assert sorted(tmp_path.rglob("*")) == before
 

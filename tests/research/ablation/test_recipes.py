@@ -33,7 +33,7 @@ def test_all_start_from_their_seeds_base_read_the_same_text_and_take_as_many_ste
         assert config.seed == setting.seed
         assert config.data == (str(recipes.texts.task.train),)
         assert config.validation_data == (str(recipes.texts.task.tune),)
-        assert config.max_steps == recipes.steps == 4
+        assert config.max_steps == recipes.steps == 12
         assert not set(ARCHITECTURE_KEYS) & experiment.training.keys()
 
 
