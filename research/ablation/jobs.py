@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,7 +89,7 @@ class Queue:
         return failed + [further for one in failed for further in self.finish(one)]
 
 
-def run_here(jobs: Sequence[Job], laboratory: Laboratory) -> Iterator[Done]:
+def run_here(jobs: Sequence[Job], laboratory: Laboratory) -> Generator[Done, None, None]:
     """Does jobs in this process, one after the other.
 
     Raises:

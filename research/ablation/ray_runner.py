@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Sent:
     artifact: Files | None
 
 
-def run_on_ray(jobs: Sequence[Job], laboratory: Laboratory, address: str, workers: int) -> Iterator[Done]:
+def run_on_ray(jobs: Sequence[Job], laboratory: Laboratory, address: str, workers: int) -> Generator[Done, None, None]:
     """Does jobs as Ray tasks of one CPU each (and one GPU, where the cluster has some and the device may be one).
 
     What they find is written here as if it had been done here. An experiment whose machine is lost is tried once more.

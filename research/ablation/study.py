@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from research.ablation.recipes import Recipes
 from research.ablation.trackers import Trackers
 from research.experiments import Experiment, Laboratory
 
-Runner = Callable[[Sequence[Job], Laboratory], Iterator[Done]]
+Runner = Callable[[Sequence[Job], Laboratory], Generator[Done, None, None]]
 EXPERIMENTS = "experiments"
 
 
@@ -81,7 +81,7 @@ class Study:
         errors: dict[str, str] = {}
         bases = self._bases_to_do([setting_of[key] for key in jobs])
         progress.more(len(bases) + len(jobs))
-        with closing(self._run([*self._base_jobs(bases), *jobs.values()], self.laboratory)) as ends:  # type: ignore[type-var]
+        with closing(self._run([*self._base_jobs(bases), *jobs.values()], self.laboratory)) as ends:
             for done in ends:
                 progress.finished(done)
                 if done.error is not None:

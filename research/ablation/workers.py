@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,7 +34,8 @@ class _Worker:
 
     def begin(self, job: Job) -> None:
         self.job = job
-        self.connection.send(job)
+        with contextlib.suppress(OSError):  # it died just now, as `end` will find
+            self.connection.send(job)
 
     def end(self) -> Done:
         """The job's end, once the connection says something."""
@@ -57,7 +59,9 @@ class _Worker:
         self.connection.close()
 
 
-def run_in_workers(jobs: Sequence[Job], laboratory: Laboratory, count: int, threads: int) -> Iterator[Done]:
+def run_in_workers(
+    jobs: Sequence[Job], laboratory: Laboratory, count: int, threads: int
+) -> Generator[Done, None, None]:
     """Does jobs in processes of their own.
 
     Args:
@@ -73,7 +77,7 @@ def run_in_workers(jobs: Sequence[Job], laboratory: Laboratory, count: int, thre
     crew: list[_Worker] = []
     try:
         while True:
-            crew = [worker for worker in crew if worker.is_alive]
+            crew = [worker for worker in crew if worker.job is not None or worker.is_alive]
             while (idle := next((w for w in crew if w.job is None), None)) is not None or len(crew) < count:
                 job = queue.take()
                 if job is None:

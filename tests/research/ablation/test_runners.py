@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import time
 from contextlib import closing
@@ -24,7 +25,7 @@ from research.experiments import Experiment, Laboratory
 from tests.research.ablation.fakes import tiny_recipes
 from training.checkpointing import checkpoints_of
 
-MEASURED = ("key", "combination", "validation_perplexity", "test", "int4", "cost", "adapted_parameters", "layers")
+MEASURED = ("key", "validation_perplexity", "test", "int4", "cost", "adapted_parameters", "layers")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def whole(recipes: Recipes, settings: list[Setting], tmp_path_factory: pytest.Te
         return study.with_latencies(study.perform(settings, progress), progress.line)
 
 
-def measured(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: result[name] for name in MEASURED} for result in results]
+def measured_of(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: result.get(name) for name in MEASURED}
 
 
 def broken(recipes: Recipes, settings: list[Setting], laboratory: Laboratory) -> Job:
@@ -82,54 +83,45 @@ def test_pillars_change_what_they_are_for(whole: list[dict[str, Any]], tmp_path:
 
 
 @pytest.mark.slow
-def test_workers_give_the_same_and_one_that_dies_costs_one_experiment(
+def test_workers_give_the_same_die_alone_and_stop_with_a_checkpoint(
     recipes: Recipes, settings: list[Setting], whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    def workers(jobs: Any, laboratory: Laboratory) -> Any:
-        return run_in_workers(jobs, laboratory, count=2, threads=1)
-
-    study = study_of(recipes, tmp_path, workers)
-    assert measured(study.perform(settings[:2], Progress())) == measured(whole[:2])
-
-    long = recipes.experiment(settings[0])
-    long = replace(long, training={**long.training, "max_steps": 100_000}, label="long")
-    jobs = [Job(study.laboratory.key(long), long), broken(recipes, settings, study.laboratory)]
-    found: list[Done] = []
-    with closing(workers(jobs, study.laboratory)) as ends:
-        for done in ends:
-            found.append(done)
-            for child in multiprocessing.active_children():
-                child.kill()
-    assert found[0].error is not None
-    assert found[0].error.startswith("DataError: training data has ")
-    assert found[1:] == [Done(jobs[0], error="the process that did it ended with SIGKILL")]
-
-
-@pytest.mark.slow
-def test_a_study_that_stops_asks_its_workers_for_checkpoints_and_goes_on(
-    recipes: Recipes, settings: list[Setting], tmp_path: Path
-) -> None:
+    """One story, since each worker's start takes seconds."""
     laboratory = Laboratory(tmp_path, recipes.measures)
     base = recipes.base(0)
     assert base is not None
-    long = replace(base, training={**base.training, "max_steps": 400, "log_interval": 1}, label="long")
-    job = Job(laboratory.key(long), long)
-    metrics = tmp_path / job.key / "run" / "metrics.jsonl"
-    other = Job("other", replace(base, training={**base.training, "data": "none.txt"}))
-    with closing(run_in_workers([job, other], laboratory, count=2, threads=1)) as ends:
-        assert next(ends).job == other
+    good = [recipes.experiment(setting) for setting in settings[:2]]
+    killed = long(good[0], 100_000)
+    stopped = long(good[0], 400)
+    jobs = [Job(laboratory.key(e), e, keep=e == base) for e in (base, *good, killed, stopped)]
+    jobs.insert(3, broken(recipes, settings, laboratory))
+    metrics = tmp_path / laboratory.key(stopped) / "run" / "metrics.jsonl"
+    with closing(run_in_workers(jobs, laboratory, count=2, threads=1)) as ends:
+        done = {ended.job.key: ended for ended in itertools.islice(ends, 4)}
+        for child in multiprocessing.active_children():
+            child.kill()  # one does what shall be killed, the other has nothing to do yet
+            child.join()
+        assert next(ends) == Done(jobs[4], error="the process that did it ended with SIGKILL")
         while not metrics.is_file() or len(metrics.read_text().splitlines()) < 3:
             time.sleep(0.05)
-    assert laboratory.result(long) is None
-    (checkpoint,) = checkpoints_of(tmp_path / job.key / "run")
-    done = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert 0 < done < 400
-    (ended,) = run_here([job], laboratory)
+    results = [laboratory.result(experiment) for experiment in good]
+    assert [measured_of(result or {}) for result in results] == [measured_of(result) for result in whole[:2]]
+    error = done[jobs[3].key].error
+    assert error is not None
+    assert error.startswith("DataError: training data has ")
+
+    assert laboratory.result(stopped) is None
+    (checkpoint,) = checkpoints_of(metrics.parent)
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 0 < step < 400
+    (ended,) = run_here([jobs[5]], laboratory)
     assert ended.error is None
-    log = (tmp_path / job.key / "train.log").read_text()
-    assert f"resumed after step {done} of 400" in log
-    assert ended.result is not None
-    assert list(ended.result["trainable_parameters"]) == ["dense"]
+    assert f"resumed after step {step} of 400" in (metrics.parent.parent / "train.log").read_text()
+
+
+def long(experiment: Experiment, steps: int) -> Experiment:
+    training = {**experiment.training, "max_steps": steps, "log_interval": 1}
+    return replace(experiment, training=training, label=f"{steps} steps")
 
 
 @pytest.mark.slow
@@ -150,7 +142,7 @@ def test_a_ray_cluster_gives_the_same_and_sends_it_here(
 
     study = study_of(recipes, tmp_path, on_ray)
     results = study.perform(settings[:2], Listening())
-    assert measured(results) == measured(whole[:2])
+    assert [measured_of(result) for result in results] == [measured_of(result) for result in whole[:2]]
     assert [result["training"]["data"] for result in results] == [[str(recipes.texts.task.train)]] * 2
     (failed,) = [done for done in lines if done.error is not None]
     assert failed.error is not None
