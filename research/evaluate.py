@@ -51,7 +51,7 @@ def _open(options: argparse.Namespace, progress: Progress) -> TextModel:
         device=options.device,
         runtime=options.runtime,
         batch_size=options.batch_size,
-        api_key=os.environ.get(options.api_key_env) or None,
+        api_key=os.environ.get(options.api_key_env, "").strip() or None,
         progress=progress,
     )
 

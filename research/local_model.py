@@ -69,7 +69,9 @@ class LocalModel:
         try:
             from prometheus_client import CollectorRegistry  # the engine counts with it
         except ModuleNotFoundError:
-            raise MissingExtraError("prometheus_client", "research", "generating with a model in this process") from None
+            raise MissingExtraError(
+                "prometheus_client", "research", "generating with a model in this process"
+            ) from None
         from serving.engine.engine import Engine
         from serving.engine.job import Job
         from serving.metrics import Metrics

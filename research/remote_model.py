@@ -54,8 +54,11 @@ class RemoteModel:
         try:
             self._max_prompt_tokens = int(facts["max_prompt_tokens"])
             has_tokenizer, eos_id = facts["has_tokenizer"], facts["end_of_text_id"]
-        except (KeyError, TypeError, ValueError):
-            raise ConfigError(f"{self.name}: expected a server of this version of yunmin, by /v1/models") from None
+            ours = self._max_prompt_tokens >= 1 and isinstance(eos_id, int | None)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            ours = False
+        if not ours:
+            raise ConfigError(f"{self.name}: expected a server of this version of yunmin, by /v1/models")
         if not has_tokenizer:
             raise TokenizerError(f"{self.name}: the served model has no tokenizer, so text cannot be scored")
         self.tokenizer = RemoteTokenizer(self._server, eos_id, self._max_prompt_tokens)
@@ -74,10 +77,13 @@ class RemoteModel:
         """As `TextModel.complete`.
 
         Raises:
+            DataError: an empty prompt, and no end-of-text token.
             ServerError: the server refuses, fails or is gone.
         """
         sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": list(stop)}
         eos_id = self.tokenizer.eos_id
+        if eos_id is None and not all(prompts):
+            raise DataError(f"{self.name}: an empty prompt is its end-of-text token, and its tokenizer has none")
         calls, owners = [], []
         for index, prompt in enumerate(prompts):
             for copy in range(0, n, _COPIES):
@@ -88,8 +94,8 @@ class RemoteModel:
         texts: list[list[str]] = [[] for _ in prompts]
         answers = self._server.ask(calls, lambda done: self._progress("requests", done, len(calls)))
         for owner, call, answer in zip(owners, calls, answers, strict=True):
-            choices = sorted(_choices(self.name, answer, call.weight), key=lambda choice: int(choice["index"]))
-            texts[owner] += [str(choice["text"]) for choice in choices]
+            choices = _choices(self.name, answer, call.weight, {"index": int, "text": str})
+            texts[owner] += [choice["text"] for choice in sorted(choices, key=lambda choice: int(choice["index"]))]
         return texts
 
     def score(self, sequences: Sequence[TokenIds], first: Sequence[int] | None = None) -> list[Scored]:
@@ -110,8 +116,8 @@ class RemoteModel:
         answers = self._server.ask(calls, lambda done: self._progress("sequences", done, len(calls)))
         starts = [1] * len(sequences) if first is None else first
         return [
-            _scored(_choices(self.name, answer, 1)[0]["logprobs"], begin)
-            for answer, begin in zip(answers, starts, strict=True)
+            _scored(self.name, _choices(self.name, answer, 1, {"logprobs": dict})[0]["logprobs"], begin, len(ids))
+            for ids, answer, begin in zip(sequences, answers, starts, strict=True)
         ]
 
 
@@ -149,8 +155,8 @@ class RemoteEncoding:
         shown = str(answer.get("prompt"))
         if not self.text.startswith(shown.rstrip("\N{REPLACEMENT CHARACTER}"), begin):
             raise DataError(
-                f"{self.server.url}: its tokenizer changes the text, so only a whole text can be scored: leave out "
-                "--max-tokens"
+                f"{self.server.url}: its tokenizer changes the text, so that where a token ends is not known; score "
+                "whole texts (no --max-tokens), and have an end-of-text token"
             )
         return begin + len(shown)
 
@@ -179,7 +185,7 @@ class RemoteTokenizer:
         return [encoding.ids for encoding in self._encodings(texts)]
 
     def _encodings(self, texts: Sequence[str]) -> list[RemoteEncoding]:
-        pieces = [split_text(text, self._most_bytes) for text in texts]
+        pieces = [cut_text(text, self._most_bytes) for text in texts]
         answers = iter(self._server.ask([Call("/tokenize", {"prompt": piece}) for own in pieces for piece in own]))
         found = []
         for text, own in zip(texts, pieces, strict=True):
@@ -187,41 +193,67 @@ class RemoteTokenizer:
             places, begin = [], 0
             for piece in own:
                 places.append((begin, len(ids)))
-                ids += next(answers)["tokens"]
+                ids += _token_ids(self._server.url, next(answers))
                 begin += len(piece)
             found.append(RemoteEncoding(ids, text, places, self._server))
         return found
 
 
-def split_text(text: str, most_bytes: int) -> list[str]:
+def cut_text(text: str, most_bytes: int) -> list[str]:
     """Pieces of at most so many bytes that a byte-level tokenizer encodes as it does the whole.
 
     Raises:
         DataError: there is no place to cut at.
     """
-    pieces = []
-    while len(data := text.encode()) > most_bytes:
-        longest = len(data[:most_bytes].decode(errors="ignore"))
-        end = max((cut.start() for cut in _CUT.finditer(text, 0, longest + 2) if cut.start() <= longest), default=0)
+    pieces, begin = [], 0
+    while ahead := text[begin : begin + most_bytes + 2]:  # a character has at least one byte
+        data = ahead.encode()
+        end = len(ahead)
+        if len(data) > most_bytes:
+            longest = len(data[:most_bytes].decode(errors="ignore"))
+            end = max(
+                (cut.start() for cut in _CUT.finditer(ahead, 0, longest + 2) if cut.start() <= longest), default=0
+            )
         if not end:
             raise DataError(f"a text has {most_bytes} bytes without a blank to cut at, and the server takes no more")
-        pieces.append(text[:end])
-        text = text[end:]
-    return [*pieces, text] if text else pieces
+        pieces.append(ahead[:end])
+        begin += end
+    return pieces
 
 
-def _choices(name: str, answer: Any, expected: int) -> list[dict[str, Any]]:
-    found = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(found, list) or len(found) != expected:
-        raise ServerError(f"{name}: expected {expected} choices in an answer, found {found!r:.80}")
+def _choices(name: str, answer: dict[str, Any], expected: int, fields: dict[str, type]) -> list[dict[str, Any]]:
+    found = answer.get("choices")
+    if (
+        not isinstance(found, list)
+        or len(found) != expected
+        or not all(isinstance(each, dict) for each in found)
+        or not all(isinstance(each.get(field), kind) for each in found for field, kind in fields.items())
+    ):
+        raise ServerError(f"{name}: expected {expected} choices with {' and '.join(fields)}, found {found!r:.80}")
     return found
 
 
-def _scored(logprobs: Any, begin: int) -> Scored:
+def _scored(name: str, logprobs: dict[str, Any], begin: int, n_tokens: int) -> Scored:
     """From the lists of an answer; the best of the alternatives says whether a token is the greedy one."""
-    values = np.array(logprobs["token_logprobs"][begin:], np.float64)
-    best = [max(found.values()) for found in logprobs["top_logprobs"][begin:]]
-    return Scored(values, values >= np.array(best))
+    try:
+        values = np.array(logprobs["token_logprobs"], np.float64)[begin:]
+        best = np.array([max(found.values()) for found in logprobs["top_logprobs"][begin:]], np.float64)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        values = best = np.empty(0)
+    # a float32's sum of probabilities can be a little above 1
+    possible = all(bool((np.isfinite(found) & (found <= 1e-6)).all()) for found in (values, best))
+    if not possible or not values.shape == best.shape == (n_tokens - begin,):
+        raise ServerError(
+            f"{name}: expected a log-probability, and the best one, for each of {n_tokens} tokens, found others"
+        )
+    return Scored(values, values >= best)
+
+
+def _token_ids(name: str, answer: dict[str, Any]) -> list[int]:
+    found = answer.get("tokens")
+    if not isinstance(found, list) or not all(type(token) is int for token in found):
+        raise ServerError(f"{name}/tokenize: expected a list of token ids, found {found!r:.80}")
+    return found
 
 
 def _base(url: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from yunmin.errors import MissingExtraError, YunminError
+from yunmin.errors import ConfigError, MissingExtraError, YunminError
 
 if TYPE_CHECKING:
     import httpx
@@ -51,6 +51,7 @@ class Server:
         transport: an `httpx.AsyncBaseTransport` in place of the network; None for the network.
 
     Raises:
+        ConfigError: a key that no header can have.
         MissingExtraError: httpx is not installed.
     """
 
@@ -59,6 +60,9 @@ class Server:
             import httpx
         except ModuleNotFoundError:
             raise MissingExtraError("httpx", "research", "a model behind a URL") from None
+        # httpx would show it in its own error
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigError("the server's API key: expected printable ASCII characters, found others")
         self.url = url
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._concurrency = concurrency
@@ -75,7 +79,12 @@ class Server:
         Raises:
             ServerError: the first that fails; the others are given up.
         """
-        return asyncio.run(self._ask(calls, progress))
+        import httpx
+
+        try:
+            return asyncio.run(self._ask(calls, progress))
+        except (httpx.InvalidURL, UnicodeError) as error:  # a host's name that cannot be one, text that is no Unicode
+            raise ServerError(f"{self.url}: cannot be asked: {_reason(error)}") from None
 
     async def _ask(self, calls: Sequence[Call], progress: Callable[[int], None]) -> list[dict[str, Any]]:
         import httpx
@@ -117,7 +126,7 @@ class Server:
                 response = await client.request(method, call.path, json=call.body)
             except httpx.ConnectError as error:
                 raise ServerError(f"{self.url}: nobody answers there: {_reason(error)}") from None
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 raise ServerError(f"{self.url}{call.path}: the connection broke off: {_reason(error)}") from None
             if response.status_code not in _BUSY or attempt == _TRIES - 1:
                 return self._read(call, response)
@@ -128,7 +137,7 @@ class Server:
     def _read(self, call: Call, response: httpx.Response) -> dict[str, Any]:
         try:
             found = json.loads(response.content)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if response.status_code != HTTPStatus.OK:
             error = found.get("error") if isinstance(found, dict) else None

@@ -17,7 +17,7 @@ import yunmin
 from research.local_model import LocalModel
 from research.models import Scored, TextModel, open_model
 from research.perplexity import evaluate_perplexity
-from research.remote_model import RemoteModel, split_text
+from research.remote_model import RemoteModel, cut_text
 from tests.models import TEXT, random_pillars, small_config, trained_tokenizer, write_model
 from tests.research.served import remote, served
 from yunmin.errors import ConfigError, DataError, RequestError, TokenizerError
@@ -154,7 +154,7 @@ def test_a_server_that_reads_less_than_the_window_says_so(model: LanguageModel) 
 @given(st.text(alphabet=st.sampled_from("abz09  \n'._é速👍"), max_size=80), st.integers(12, 40))
 def test_ids_of_pieces_are_those_of_the_whole_text(text: str, most_bytes: int) -> None:
     try:
-        pieces = split_text(text, most_bytes)
+        pieces = cut_text(text, most_bytes)
     except DataError:
         return  # no place to cut at
     assert "".join(pieces) == text
@@ -164,7 +164,7 @@ def test_ids_of_pieces_are_those_of_the_whole_text(text: str, most_bytes: int) -
 
 def test_text_without_a_blank_to_cut_at_is_refused() -> None:
     with pytest.raises(DataError, match="10 bytes without a blank"):
-        split_text("a" * 11, 10)
+        cut_text("a" * 11, 10)
 
 
 def test_places_of_tokens_are_found_behind_a_url(app: Starlette) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import math
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -89,6 +92,10 @@ def _broken(_: httpx.Request) -> httpx.Response:
     raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
 
 
+def _damaged(_: httpx.Request) -> httpx.Response:
+    return httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=b"no archive")
+
+
 def _slow(_: httpx.Request) -> httpx.Response:
     raise httpx.ReadTimeout("")
 
@@ -98,6 +105,8 @@ def _slow(_: httpx.Request) -> httpx.Response:
     [
         (_broken, "http://test/v1/x: the connection broke off: peer closed connection"),
         (_slow, "http://test/v1/x: the connection broke off: ReadTimeout"),
+        (_damaged, "http://test/v1/x: the connection broke off: "),
+        (lambda _: httpx.Response(200, text="[" * 100_000), "http://test/v1/x: expected a JSON object, found"),
         (lambda _: httpx.Response(401, json={"error": {"message": "no key"}}), "http://test/v1/x: status 401: no key"),
         (lambda _: httpx.Response(500, text="<html>"), "http://test/v1/x: status 500: no reason given"),
         (lambda _: httpx.Response(307, headers={"Location": "http://other/"}), "http://test/v1/x: status 307: no"),
@@ -126,3 +135,57 @@ def test_a_server_that_is_not_there_is_named() -> None:
 def test_a_server_of_another_kind_is_refused(answer: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="expected a server of this version of yunmin"):
         RemoteModel("http://test", transport=httpx.MockTransport(lambda _: httpx.Response(200, json=answer)))
+
+
+@pytest.mark.parametrize("key", ["secret\nkey", "secret-schlüssel", "secret\udcff", "secret\x7f"])
+def test_a_key_that_no_header_can_have_is_refused_unseen(key: str) -> None:
+    with pytest.raises(ConfigError, match="expected printable ASCII") as caught:
+        Server("http://test", key, 1)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://a..b", "http://" + "a" * 70, "http://test:80\x00"])
+def test_a_host_s_name_that_is_none_is_one_line(url: str) -> None:
+    with pytest.raises(ServerError) as caught:
+        Server(url, None, 1).ask(CALLS[:1])
+    assert "\n" not in str(caught.value)
+
+
+FACTS = {"max_prompt_tokens": 100, "has_tokenizer": True, "end_of_text_id": 0}
+
+
+def answering(answer: Any) -> RemoteModel:
+    """A model behind a server that gives this answer to everything."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        about = request.url.path == "/v1/models"
+        return httpx.Response(200, content=json.dumps({"data": [FACTS]} if about else answer))
+
+    return RemoteModel("http://test", transport=httpx.MockTransport(handler))
+
+
+@pytest.mark.parametrize(
+    "values", [[None, -1.0], [None, -1.0, -1.0, -1.0], [None, -1.0, None], [None, -1.0, math.nan], [None, -1.0, 0.5]]
+)
+def test_impossible_probabilities_change_no_figure(values: list[float | None]) -> None:
+    logprobs = {"token_logprobs": values, "top_logprobs": [None, *({"x": -0.5} for _ in values[1:])]}
+    with pytest.raises(ServerError, match="expected a log-probability, and the best one, for each of 3 tokens"):
+        answering({"choices": [{"logprobs": logprobs}]}).score([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [None, {}, {"logprobs": None}, {"logprobs": []}, {"logprobs": {}}, {"logprobs": {"token_logprobs": [None, -1]}}],
+)
+def test_an_answer_without_what_was_asked_for_is_one_line(choice: Any) -> None:
+    model = answering({"choices": [choice]})
+    with pytest.raises(ServerError, match=r"^http://test: expected"):
+        model.score([[1, 2]])
+    with pytest.raises(ServerError, match=r"^http://test: expected 1 choices with index and text"):
+        model.complete(["x"], max_tokens=1)
+
+
+@pytest.mark.parametrize("answer", [{}, {"tokens": "abc"}, {"tokens": [1, "2"]}, {"tokens": [1.5]}])
+def test_token_ids_are_integers(answer: Any) -> None:
+    with pytest.raises(ServerError, match=r"^http://test/tokenize: expected a list of token ids"):
+        answering(answer).tokenizer.encoding("text")
