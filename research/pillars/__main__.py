@@ -82,7 +82,7 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument("--seeds", type=int, default=3, metavar="N", help="models of each kind (%(default)s)")
     arguments.add_argument("--steps", type=int, metavar="N", help="of what starts from a base model (300)")
     arguments.add_argument("--base-steps", type=int, metavar="N", help="of a base model (600)")
-    arguments.add_argument("--test-tokens", type=int, default=32768, metavar="N", help="scored (%(default)s)")
+    arguments.add_argument("--test-tokens", type=int, default=32768, metavar="N", help="to score at most (%(default)s)")
     arguments.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes of one thread (%(default)s)"
     )

@@ -17,15 +17,17 @@ from research.ablation import words
 from research.ablation.document import Block, Paragraph, Table
 from research.experiments import Experiment, Laboratory
 from research.pillars.bases import NO_PILLARS
+from research.pillars.rates import search_rate
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 
 TITLE = "Hybrid adapters"
 QUESTION = "Does allotting LoRA and IA3 by importance adapt better than uniform LoRA that trains as many numbers?"
 KEEPS = False  # whether artifacts are needed to measure further
+ADAPTS = True  # whether anything is trained after the base models
 REFERENCE = "uniform LoRA"
 BUDGETS: dict[str, int] = {"tiny": 3000, "2m": 40_000, "10m": 120_000}  # trainable numbers, by the model's size
-RATES = (3e-3, 1e-2, 3e-2)
+RATES, FULL_RATES = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3)
 _PEFT: dict[str, Any] = {
     "scan_mode": "none",
     "enable_masking": False,
@@ -34,14 +36,15 @@ _PEFT: dict[str, Any] = {
     "lora_targets": ["in_proj", "x_proj", "dt_proj", "out_proj"],
     "peft_dropout": 0.0,
 }
+_STEPS = 20  # batches that importance is measured with
 _SHARES: dict[str, Any] = {"lora_share": 0.5, "ia3_share": 0.3}
-_SPECTRUM: dict[str, Any] = {**_SHARES, "importance": "spectrum", "importance_steps": 20}
-_ALONG_GRADIENTS: dict[str, Any] = {"lora_init": "gradient", "importance_steps": 20}
+_SPECTRUM: dict[str, Any] = {**_SHARES, "importance": "spectrum", "importance_steps": _STEPS}
+_ALONG_GRADIENTS: dict[str, Any] = {"lora_init": "gradient", "importance_steps": _STEPS}
 FULL = "full fine-tuning"
 WAYS: dict[str, dict[str, Any]] = {
     "hybrid by spectrum, along gradients": {**_SPECTRUM, "lora_init": "gradient"},
     "hybrid by spectrum": _SPECTRUM,
-    "hybrid by |g dL/dg|": {**_SHARES, "importance_steps": 20},
+    "hybrid by |g dL/dg|": {**_SHARES, "importance_steps": _STEPS},
     "hybrid at random": {**_SHARES, "allocation": "random"},
     "uniform LoRA": {"allocation": "uniform"},
     "uniform LoRA, along gradients": {"allocation": "uniform", **_ALONG_GRADIENTS},
@@ -53,14 +56,14 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def experiments(study: Study, laboratory: Laboratory) -> list[Experiment]:
-    """Every rate of every way with the first seed; then the other seeds of the best rates."""
-    first, *others = study.seeds
-    sweep = [_experiment(study, way, rate, first) for way in WAYS for rate in _rates(way)]
-    if any(laboratory.result(experiment) is None for experiment in sweep):
-        return sweep
-    return sweep + [
-        _experiment(study, way, _best_rate(study, laboratory, way), seed) for way in WAYS for seed in others
-    ]
+    """Rates of every way with the first seed; the other seeds at the best one, once it is known."""
+    wanted = []
+    for way in WAYS:
+        tried, best = _search(study, laboratory, way)
+        wanted += tried
+        if best is not None:
+            wanted += [_experiment(study, way, best, seed) for seed in study.seeds[1:]]
+    return wanted
 
 
 def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"perplexity": {}, "rate": {}, "trainable": {}}
     for way in WAYS:
-        rate = _best_rate(study, laboratory, way)
+        _, rate = _search(study, laboratory, way)
+        assert rate is not None
         results = [laboratory.run(_experiment(study, way, rate, seed)) for seed in study.seeds]
         found["perplexity"][way] = [result["test"]["token_perplexity"] for result in results]
         found["rate"][way] = rate
@@ -81,7 +85,7 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
 
 def lines(found: Mapping[str, Any]) -> list[Line]:
     """Every way against uniform LoRA."""
-    return compared(found["perplexity"], REFERENCE)
+    return compared({"": found["perplexity"]}, REFERENCE)[""]
 
 
 def blocks(found: Mapping[str, Any]) -> list[Block]:
@@ -96,13 +100,14 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     clauses = [said(line, way, REFERENCE) for way, line in by_way.items() if way not in (REFERENCE, FULL)]
     return [
         Paragraph(
-            f"At equal trainable numbers: {'; '.join(clauses)}. The first trains {words.percent(share)} fewer numbers "
-            "than full fine-tuning."
+            f"{'; '.join(clauses)}. The first trains {words.percent(share)} fewer numbers than full fine-tuning."
         ),
         Table(
             ("way", "trained", "learning rate", *TABLE_HEADER),
             rows,
-            note="Test perplexity after adaptation; changes are against uniform LoRA on all four projections.",
+            note="Test perplexity after adaptation; changes are against uniform LoRA on all four projections. Ways "
+            f"with LoRA train at most {BUDGETS[found['settings']['size']]:,} numbers; those that measure gradients "
+            f"first look at {_STEPS} batches more.",
         ),
     ]
 
@@ -120,20 +125,9 @@ def plot(found: Mapping[str, Any], axes: Any) -> None:
     axes.legend(fontsize="small")
 
 
-def _rates(way: str) -> tuple[float, ...]:
-    return (3e-4, 1e-3, 3e-3) if way == FULL else RATES
-
-
-def _best_rate(study: Study, laboratory: Laboratory, way: str) -> float:
-    """By the tuning text, with the first seed."""
-
-    def tuned(rate: float) -> float:
-        validations: dict[str, float] = laboratory.run(_experiment(study, way, rate, study.seeds[0]))[
-            "validation_perplexity"
-        ]
-        return list(validations.values())[-1]
-
-    return min(_rates(way), key=tuned)
+def _search(study: Study, laboratory: Laboratory, way: str) -> tuple[list[Experiment], float | None]:
+    rates = FULL_RATES if way == FULL else RATES
+    return search_rate(rates, lambda rate: _experiment(study, way, rate, study.seeds[0]), laboratory)
 
 
 def _experiment(study: Study, way: str, rate: float, seed: int) -> Experiment:

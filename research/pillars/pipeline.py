@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from research.ablation.document import Block, Paragraph, Table
 from research.experiments import Experiment, Laboratory
 from research.measures import latency, quality
 from research.pillars.bases import NO_PILLARS
+from research.pillars.rates import search_rate
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 from yunmin.artifact import load_artifact
@@ -27,7 +28,9 @@ from yunmin.threads import get_threads
 TITLE = "All three"
 QUESTION = "What does the full pipeline give, against dense fine-tuning for as many steps?"
 KEEPS = True  # whether artifacts are needed to measure further
-REFERENCE = "dense, float32"
+ADAPTS = True  # whether anything is trained after the base models
+REFERENCE = "dense"
+RATES = (1e-3, 3e-3)
 WAYS: dict[str, dict[str, Any]] = {
     "dense": NO_PILLARS,
     "three pillars": {
@@ -45,65 +48,67 @@ _STORED: dict[Format, str] = {"none": "float32", "int8": "int8", "int4": "int4"}
 _PROMPT_TOKENS, _NEW_TOKENS, _ROUNDS = 256, 64, 7
 
 
-def experiments(study: Study, _: Laboratory) -> list[Experiment]:
-    """Both ways for every seed."""
-    return [_experiment(study, way, seed) for seed in study.seeds for way in WAYS]
+def experiments(study: Study, laboratory: Laboratory) -> list[Experiment]:
+    """Rates of both ways with the first seed; the other seeds at the best one, once it is known."""
+    wanted = []
+    for way in WAYS:
+        tried, best = _search(study, laboratory, way)
+        wanted += tried
+        if best is not None:
+            wanted += [_experiment(study, way, best, seed) for seed in study.seeds[1:]]
+    return wanted
 
 
 def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
     """What was found.
 
     Returns:
-        By artifact (`WAY, PRECISION`) its test `perplexity` for each seed, `cost` and `timing`; and of each way the
-        `trainable` numbers by phase.
+        By precision and way the test `perplexity` for each seed and the `cost`, by artifact (`WAY, PRECISION`) its
+        `timing`; and of each way the best `rate` and the `trainable` numbers by phase.
     """
-    found: dict[str, Any] = {"perplexity": {}, "cost": {}, "trainable": {}}
+    found: dict[str, Any] = {"perplexity": {}, "cost": {}, "trainable": {}, "rate": {}}
     for way in WAYS:
+        _, rate = _search(study, laboratory, way)
+        assert rate is not None
+        found["rate"][way] = rate
         for seed in study.seeds:
-            experiment = _experiment(study, way, seed)
+            experiment = _experiment(study, way, rate, seed)
             result = laboratory.run(experiment, keep=True)
             found["trainable"][way] = result["trainable_parameters"]
-            for stored in _STORED:
+            for stored, precision in _STORED.items():
                 facts = {"what": "stored", "key": result["key"], "by": laboratory.result_file, "as": stored}
                 measured = laboratory.remember(facts, partial(_measured, laboratory, experiment, stored))
-                name = f"{way}, {_STORED[stored]}"
-                found["perplexity"].setdefault(name, []).append(measured["perplexity"])
-                found["cost"][name] = measured["cost"]
-    keys = [laboratory.key(_experiment(study, way, study.seeds[0])) for way in WAYS]
-    timed = {"what": "speed of artifacts", "keys": keys, "threads": get_threads(), "cpu": machine_facts()["cpu"]}
-    return {**found, **laboratory.remember(timed, lambda: _timed(study, laboratory))}
+                found["perplexity"].setdefault(precision, {}).setdefault(way, []).append(measured["perplexity"])
+                found["cost"].setdefault(precision, {})[way] = measured["cost"]
+    timed = [_experiment(study, way, found["rate"][way], study.seeds[0]) for way in WAYS]
+    keys = [laboratory.key(experiment) for experiment in timed]
+    facts = {"what": "speed of artifacts", "keys": keys, "threads": get_threads(), "cpu": machine_facts()["cpu"]}
+    return {**found, **laboratory.remember(facts, partial(_timed, laboratory, timed))}
 
 
-def lines(found: Mapping[str, Any]) -> list[Line]:
-    """Every artifact against the dense one in float32."""
+def lines(found: Mapping[str, Any]) -> dict[str, list[Line]]:
+    """By precision, the full pipeline against dense fine-tuning."""
     return compared(found["perplexity"], REFERENCE)
 
 
 def blocks(found: Mapping[str, Any]) -> list[Block]:
     """What the comparison says."""
-    by_name = {line.name: line for line in lines(found)}
-    rows = []
-    for name, line in by_name.items():
-        cost, timing = found["cost"][name], found["timing"][name]
-        rows.append(
-            (
-                name,
-                *table_row(line),
-                f"{cost['weight_bytes'] / 2**20:.2f}",
-                f"{cost['state_bytes'] / 2**10:.0f}",
-                f"{timing['decode_ms']:.3f}",
-                f"{timing['prefill_ms']:.2f}",
-            )
-        )
-    sentences = [
-        f"{name}: {said(by_name[name], name, REFERENCE)}, with {_ratios(found, name)}"
-        for name in ("three pillars, float32", "three pillars, int8")
-    ]
+    rows, sentences = [], []
+    for precision, of_precision in lines(found).items():
+        for line in of_precision:
+            cost, timing = found["cost"][precision][line.name], found["timing"][f"{line.name}, {precision}"]
+            sizes = (f"{cost['weight_bytes'] / 2**20:.2f}", f"{cost['state_bytes'] / 2**10:.0f}")
+            times = (f"{timing['decode_ms']:.3f}", f"{timing['prefill_ms']:.2f}")
+            rows.append((precision, line.name, *table_row(line), *sizes, *times))
+            if line.name != REFERENCE:
+                clause = said(line, line.name, "dense fine-tuning")
+                sentences.append(f"{precision}: {clause}, with {_ratios(found, precision, line.name)}")
     return [
         Paragraph(". ".join(sentences) + "."),
         Table(
-            ("artifact", *TABLE_HEADER, "MiB", "state, KiB", "decode, ms", "prefill, ms"),
+            ("stored as", "way", *TABLE_HEADER, "MiB", "state, KiB", "decode, ms", "prefill, ms"),
             rows,
+            labels=2,
             note=f"Test perplexity; times of one sequence: a token, and a prompt of {_PROMPT_TOKENS} tokens, medians "
             f"of {_ROUNDS} rounds in which all take turns, {words.count(found['threads'], 'thread')}, {found['cpu']}.",
         ),
@@ -113,22 +118,25 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
 def plot(found: Mapping[str, Any], axes: Any) -> None:
     """Perplexity against bytes, one line for each way."""
     for way in WAYS:
-        names = [f"{way}, {stored}" for stored in _STORED.values()]
-        values = np.array([found["perplexity"][name] for name in names])  # (precisions, seeds)
-        sizes = [found["cost"][name]["weight_bytes"] / 2**20 for name in names]
+        values = np.array([by_way[way] for by_way in found["perplexity"].values()])  # (precisions, seeds)
+        sizes = [by_way[way]["weight_bytes"] / 2**20 for by_way in found["cost"].values()]
         middle = values.mean(1)
         ends = np.stack([middle - values.min(1), values.max(1) - middle])
         axes.errorbar(sizes, middle, yerr=ends, marker="o", capsize=3, label=way)
-        for name, x, y in zip(names, sizes, middle, strict=True):
-            axes.annotate(name.rpartition(", ")[2], (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
+        for precision, x, y in zip(found["perplexity"], sizes, middle, strict=True):
+            axes.annotate(precision, (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axes.set_xscale("log")
     axes.set_xlabel("weights, MiB")
     axes.set_ylabel("test perplexity")
     axes.legend()
 
 
-def _experiment(study: Study, way: str, seed: int) -> Experiment:
-    return study.adapted(seed, WAYS[way], f"pipeline, {way}")
+def _search(study: Study, laboratory: Laboratory, way: str) -> tuple[list[Experiment], float | None]:
+    return search_rate(RATES, lambda rate: _experiment(study, way, rate, study.seeds[0]), laboratory)
+
+
+def _experiment(study: Study, way: str, rate: float, seed: int) -> Experiment:
+    return study.adapted(seed, {**WAYS[way], "learning_rate": rate}, f"pipeline, {way}, rate {rate:g}")
 
 
 def _stored(laboratory: Laboratory, experiment: Experiment, stored: Format) -> Checkpoint:
@@ -144,12 +152,11 @@ def _measured(laboratory: Laboratory, experiment: Experiment, stored: Format) ->
     return {"perplexity": quality(checkpoint, laboratory.measures)["token_perplexity"], "cost": cost}
 
 
-def _timed(study: Study, laboratory: Laboratory) -> dict[str, Any]:
-    seed = study.seeds[0]
+def _timed(laboratory: Laboratory, experiments: Sequence[Experiment]) -> dict[str, Any]:
     models = {
-        f"{way}, {name}": _stored(laboratory, _experiment(study, way, seed), stored)
-        for way in WAYS
-        for stored, name in _STORED.items()
+        f"{way}, {precision}": _stored(laboratory, experiment, stored)
+        for way, experiment in zip(WAYS, experiments, strict=True)
+        for stored, precision in _STORED.items()
     }
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for _ in range(_ROUNDS):
@@ -161,9 +168,9 @@ def _timed(study: Study, laboratory: Laboratory) -> dict[str, Any]:
     return {"timing": timing, "threads": get_threads(), "cpu": machine_facts()["cpu"]}
 
 
-def _ratios(found: Mapping[str, Any], name: str) -> str:
-    cost, dense = found["cost"][name], found["cost"][REFERENCE]
-    time, dense_time = found["timing"][name], found["timing"][REFERENCE]
+def _ratios(found: Mapping[str, Any], precision: str, way: str) -> str:
+    cost, dense = (found["cost"][precision][name] for name in (way, REFERENCE))
+    time, dense_time = (found["timing"][f"{name}, {precision}"] for name in (way, REFERENCE))
     return (
         f"{cost['weight_bytes'] / dense['weight_bytes']:.2f} of the bytes, "
         f"{cost['state_bytes'] / dense['state_bytes']:.2f} of the state, "

@@ -33,14 +33,16 @@ def page(module_name: str, found: Mapping[str, Any], image: str) -> list[Block]:
     module = importlib.import_module(f"research.pillars.{module_name}")
     s = found["settings"]
     text = s["base_text"] if s["base_text"] == s["text"] else f"{s['text']} after {s['base_text']}"
-    trained = f"{s['base_steps']} steps of {s['base_batch']} sequences, then {s['steps']} steps of {s['batch']}"
+    trained = f"{s['base_steps']} steps of {s['base_batch']} sequences"
+    if s["adapts"]:
+        trained += f", then {s['steps']} steps of {s['batch']}"
     scored = f"{s['test_tokens']:,} test tokens, window and stride {s['window']}"
     rests = (
         f"Models of about {s['parameters']:,} parameters; {text}; {words.count(s['seeds'], 'seed')}; base models of "
-        f"{trained}, all of {s['window']} tokens. Trained, tuned and reported on texts that share no document; "
-        f"{scored}. "
-        "Changes are means over seeds of paired differences of log-perplexity, intervals Student's t, p-values of "
-        "paired t-tests with Holm's correction over all tests of the comparison."
+        f"{trained}, all of {s['window']} tokens. Texts to train on, to tune by and to report on are different "
+        f"documents, or different parts where there are few; {scored}. Changes are means over seeds of paired "
+        "differences of log-perplexity, intervals Student's t, p-values of paired t-tests with Holm's correction over "
+        "all tests of the comparison."
     )
     return [
         Paragraph(module.QUESTION),

@@ -16,7 +16,7 @@ def run_comparison(module_name: str, study: Study, workers: int) -> dict[str, An
     """Everything a comparison needs that was not done before.
 
     Args:
-        module_name: of `research.pillars`; has `experiments`, `collect` and `KEEPS`.
+        module_name: of `research.pillars`; has `experiments`, `collect`, `KEEPS` and `ADAPTS`.
         study: its settings.
         workers: processes, each of one thread.
 
@@ -35,12 +35,19 @@ def run_comparison(module_name: str, study: Study, workers: int) -> dict[str, An
         wanted: list[Experiment] = module.experiments(study, laboratory)
         if not _run(wanted, laboratory, workers, study, keep=module.KEEPS):
             break
-    return {"comparison": module_name, "settings": study.describe(), **module.collect(study, laboratory)}
+    found = module.collect(study, laboratory)
+    scored = laboratory.run(wanted[0])["test"]["tokens"]  # there may be fewer than were asked for
+    settings = {**study.describe(), "test_tokens": scored, "adapts": module.ADAPTS}
+    return {"comparison": module_name, "settings": settings, **found}
 
 
 def _run(experiments: list[Experiment], laboratory: Laboratory, workers: int, study: Study, *, keep: bool) -> bool:
-    """Runs those that have no result; returns whether there were any."""
-    by_key = {laboratory.key(e): e for e in experiments if laboratory.result(e) is None}
+    """Runs those that have no result, or no artifact where it is to be kept; returns whether there were any."""
+    by_key = {
+        laboratory.key(e): e
+        for e in experiments
+        if laboratory.result(e) is None or (keep and not laboratory.artifact(e).is_dir())
+    }
     jobs = [Job(key, experiment, keep) for key, experiment in by_key.items()]
     for number, done in enumerate(run_in_workers(jobs, laboratory, min(workers, len(jobs)), 1) if jobs else (), 1):
         label = done.job.experiment.label

@@ -26,7 +26,7 @@ from research.ablation.document import Block, Paragraph, Table
 from research.experiments import Experiment, Laboratory
 from research.measures import quality
 from research.pillars.study import Study
-from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
+from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, table_row
 from training.masks import n_of_m_mask
 from yunmin.axes import layer_prefix
 from yunmin.checkpoint import Checkpoint
@@ -39,6 +39,7 @@ from yunmin.quantization.layout import Quantization
 TITLE = "Variable-aware scan"
 QUESTION = "Which order of the channels loses least under int4, 2:4 masks and block masks?"
 KEEPS = True  # whether artifacts are needed to measure further
+ADAPTS = False  # whether anything is trained after the base models
 REFERENCE = "identity"
 _NAMES = {
     "identity": "as trained",
@@ -95,22 +96,20 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
 
 def lines(found: Mapping[str, Any]) -> dict[str, list[Line]]:
     """By effect, every order against the one the model was trained in."""
-    tests = len(EFFECTS) * (len(ORDERS) - 1)
-    return {effect: compared(by_order, REFERENCE, tests) for effect, by_order in found["perplexity"].items()}
+    return compared(found["perplexity"], REFERENCE)
 
 
 def blocks(found: Mapping[str, Any]) -> list[Block]:
     """What the comparison says."""
     by_effect = lines(found)
-    exact = compared({"exact": found["exact"]}, "exact")[0].perplexity
-    single = ", ".join(f"{np.exp(np.mean(np.log(v))):.2f} ({e})" for e, v in found["single"].items())
+    exact = mean(found["exact"])
+    single = ", ".join(f"{mean(values):.2f} ({effect})" for effect, values in found["single"].items())
     sentences = []
     for effect, of_effect in by_effect.items():
-        best = min(of_effect, key=lambda line: line.perplexity)
-        correlation = next(line for line in of_effect if line.name == "correlation")
-        sentences.append(
-            f"{effect}: the best is {_NAMES[best.name]}; {said(correlation, 'correlation', 'the order as trained')}"
-        )
+        lowest = min(of_effect, key=lambda line: line.perplexity)
+        told = {line.name: line for line in of_effect if line.name in ("correlation", lowest.name) and line.found}
+        clauses = [said(line, f"{_NAMES[name]} order", "the order as trained") for name, line in told.items()]
+        sentences.append(f"{effect}: the lowest is {_NAMES[lowest.name]}; {'; '.join(clauses)}")
     rows = [
         (effect, _NAMES[line.name], *table_row(line)) for effect, of_effect in by_effect.items() for line in of_effect
     ]

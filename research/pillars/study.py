@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from research.experiments import Experiment, Laboratory
+from research.experiments import Experiment, Laboratory, hash_of
 from research.measures import Measures
 from research.pillars.bases import SIZES, WINDOW, Budget, adapted, base_model
 from research.texts import Split, split_text
@@ -81,4 +82,9 @@ class Study:
         return cost_of(MambaConfig.create(**SIZES[self.size])).parameters
 
     def _split(self, source: str) -> Split:
-        return split_text([source], self.folder / "texts" / Path(source).stem)
+        return _split_once(source, self.folder / "texts" / f"{Path(source).stem}-{hash_of(source)[:6]}")
+
+
+@lru_cache(maxsize=8)
+def _split_once(source: str, folder: Path) -> Split:
+    return split_text([source], folder)

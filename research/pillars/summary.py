@@ -22,7 +22,7 @@ class Line:
         name: of the method.
         perplexity: geometric mean over seeds.
         found: differences of log-perplexity from the reference's of the same seed; None for the reference itself.
-        p: of the paired t-test, corrected by Holm for all lines of the table; None where it was not tested.
+        p: of the paired t-test, corrected by Holm over all tables; None where it was not tested.
     """
 
     name: str
@@ -48,28 +48,37 @@ class Line:
         return math.expm1(low), math.expm1(high)
 
 
-def compared(series: Series, reference: str, tests: int | None = None) -> list[Line]:
-    """Each method against a reference, paired by seed.
+def compared(tables: Mapping[str, Series], reference: str) -> dict[str, list[Line]]:
+    """Every method of every table against a reference, paired by seed; p-values are corrected over all tables.
 
     Args:
-        series: perplexities by method.
-        reference: one of the methods.
-        tests: how many the p-values are corrected for, where more tables belong together; None for these alone.
+        tables: series by table.
+        reference: one of the methods of each table.
     """
-    logs = {name: [math.log(value) for value in values] for name, values in series.items()}
+    logs = {
+        table: {name: [math.log(value) for value in values] for name, values in series.items()}
+        for table, series in tables.items()
+    }
     found = {
-        name: paired([a - b for a, b in zip(values, logs[reference], strict=True)])
-        for name, values in logs.items()
+        (table, name): paired([a - b for a, b in zip(values, series[reference], strict=True)])
+        for table, series in logs.items()
+        for name, values in series.items()
         if name != reference
     }
-    tested = {name: f.p_t for name, f in found.items() if f.p_t is not None}
-    # those that belong to other tables count as the least significant ones, which Holm's correction does not depend on
-    padding = [1.0] * max(0, (tests or 0) - len(tested))
-    corrected = dict(zip(tested, holm([*tested.values(), *padding]), strict=False))
-    return [
-        Line(name, math.exp(statistics.fmean(values)), found.get(name), corrected.get(name))
-        for name, values in logs.items()
-    ]
+    tested = {key: f.p_t for key, f in found.items() if f.p_t is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {
+        table: [
+            Line(name, mean(tables[table][name]), found.get((table, name)), corrected.get((table, name)))
+            for name in series
+        ]
+        for table, series in tables.items()
+    }
+
+
+def mean(perplexities: Sequence[float]) -> float:
+    """The geometric mean: the perplexity of the mean log-likelihood."""
+    return math.exp(statistics.fmean(math.log(value) for value in perplexities))
 
 
 def table_row(line: Line) -> tuple[str, str, str, str]:
@@ -82,6 +91,8 @@ def said(line: Line, name: str, reference: str) -> str:
     """A comparison as a clause, which claims no more than the test does."""
     assert line.change is not None
     difference = f"{words.change(line.change)}, 95 % {words.interval(line.interval)}"
+    if line.p is None:
+        return f"{name} against {reference}: {words.change(line.change)}, not tested"
     if not line.is_significant:
         return f"no significant difference between {name} and {reference} ({difference})"
     return f"{name} {'better' if line.change < 0 else 'worse'} than {reference} ({difference})"

@@ -15,6 +15,7 @@ from research.pillars.__main__ import COMPARISONS, main
 from research.pillars.adapters import WAYS
 from research.pillars.masking import CUTS, RANKINGS
 from research.pillars.pipeline import WAYS as PIPELINES
+from research.pillars.rates import search_rate
 from research.pillars.report import page, update_section
 from research.pillars.scan_orders import EFFECTS, ORDERS, kept_in_blocks
 from research.pillars.study import Study
@@ -32,7 +33,7 @@ def _values(level: float, spread: float = 0.02) -> list[float]:
 
 def _found(name: str) -> dict[str, Any]:
     """A result in which every method is worse than the one before it."""
-    found: dict[str, Any] = {"settings": Study(Path("nowhere"), "stdlib", "stdlib").describe()}
+    found: dict[str, Any] = {"settings": Study(Path("nowhere"), "stdlib", "stdlib").describe() | {"adapts": True}}
     match name:
         case "scan_orders":
             of_effect = {order: _values(20 + n / 2, 0.02 * (n > 0)) for n, order in enumerate(ORDERS)}
@@ -46,19 +47,23 @@ def _found(name: str) -> dict[str, Any]:
             found |= {"rate": dict.fromkeys(WAYS, 1e-3), "trainable": dict.fromkeys(WAYS, 1000)}
             found["trainable"]["full fine-tuning"] = 100_000
         case _:
-            names = [f"{way}, {stored}" for way in PIPELINES for stored in ("float32", "int8", "int4")]
-            found["perplexity"] = {name: _values(30 + n, n / 50) for n, name in enumerate(names)}
+            stored = ("float32", "int8", "int4")
+            found["perplexity"] = {
+                p: {way: _values(30 + 3 * n, n / 50) for n, way in enumerate(PIPELINES)} for p in stored
+            }
             cost = {"weight_bytes": 8_000_000, "state_bytes": 10_000}
-            found |= {"cost": dict.fromkeys(names, cost), "threads": 1, "cpu": "a processor"}
-            found["timing"] = {name: {"prefill_ms": 4.0, "decode_ms": 0.5} for name in names}
+            found |= {"cost": {p: dict.fromkeys(PIPELINES, cost) for p in stored}, "threads": 1, "cpu": "a processor"}
+            found["timing"] = {
+                f"{way}, {p}": {"prefill_ms": 4.0, "decode_ms": 0.5} for way in PIPELINES for p in stored
+            }
     return found
 
 
 CLAIMS = {
-    "scan_orders": "int4, to nearest: the best is as trained; correlation worse than the order as trained (+5.1 %",
-    "masking": "50 % of channels: learned gates better than by activations (",
+    "scan_orders": "the lowest is as trained; correlation order worse than the order as trained (+5.1 %",
+    "masking": "50 % of channels: a cut by activations worse than learned gates (",
     "adapters": "hybrid by spectrum better than uniform LoRA (",
-    "pipeline": "three pillars, float32: three pillars, float32 worse than dense, float32 (+10.2 %",
+    "pipeline": "float32: three pillars worse than dense fine-tuning (+10.1 %",
 }
 
 
@@ -86,16 +91,44 @@ def test_a_document_without_the_section_is_left_alone(tmp_path: Path) -> None:
         update_section(tmp_path / "other.md", "masking", _found("masking"), "masking")
 
 
-def test_changes_are_paired_by_seed_and_corrected_for_all_tests() -> None:
+def test_changes_are_paired_by_seed_and_corrected_for_all_tables() -> None:
     series = {"a": [20.0, 30.0, 40.0], "b": [21.0, 31.6, 42.1], "c": [19.0, 33.0, 40.5]}
-    alone, b, c = compared(series, "a")
+    alone, b, c = compared({"": series}, "a")[""]
     assert alone.found is None
     ratios = [x / y for x, y in zip(series["b"], series["a"], strict=True)]
     assert b.change == pytest.approx(math.prod(ratios) ** (1 / 3) - 1)
     assert b.found is not None
-    assert b.p == pytest.approx(2 * (b.found.p_t or 0))
-    assert compared(series, "a", tests=20)[1].p == pytest.approx(20 * (b.found.p_t or 0))
+    assert b.found.p_t is not None
+    assert b.p == pytest.approx(2 * b.found.p_t)
+    both = compared({"first": series, "second": {"a": series["a"], "b": series["b"]}}, "a")
+    assert both["first"][1].p == pytest.approx(3 * b.found.p_t)
+    assert both["first"][1].p == both["second"][1].p
     assert said(c, "c", "a").startswith("no significant difference between c and a (")
+
+
+def test_one_seed_is_told_and_not_tested() -> None:
+    line = compared({"": {"a": [20.0], "b": [21.0]}}, "a")[""][1]
+    assert said(line, "b", "a") == "b against a: +5.0 %, not tested"
+
+
+def test_rates_are_tried_beyond_the_end_where_the_best_lies() -> None:
+    known: dict[float, float] = {}
+
+    class Results:
+        def result(self, rate: float) -> dict[str, Any] | None:
+            return {"validation_perplexity": {"adapters": known[rate]}} if rate in known else None
+
+    def search() -> tuple[list[float], float | None]:
+        tried, best = search_rate((0.01, 0.03), lambda rate: rate, Results())  # type: ignore[arg-type, return-value]
+        return tried, best  # type: ignore[return-value]
+
+    assert search() == ([0.01, 0.03], None)
+    known |= {0.01: 5.0, 0.03: 4.0}
+    assert search() == ([0.01, 0.03, 0.09], None)
+    known[0.09] = 4.5
+    assert search() == ([0.01, 0.03, 0.09], 0.03)
+    known[0.01] = 3.0
+    assert search() == ([0.01, 0.03, 0.003], None)
 
 
 def test_whole_blocks_are_kept_in_the_order_of_their_channels() -> None:

@@ -1,0 +1,42 @@
+"""Learning rates: each method has the one that is best for it by the tuning text, with the first seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from research.experiments import Experiment, Laboratory
+
+_FACTOR = 3.0  # between rates that are tried beyond the first ones
+_MOST = 7
+
+
+def search_rate(
+    rates: Sequence[float], experiment_at: Callable[[float], Experiment], laboratory: Laboratory
+) -> tuple[list[Experiment], float | None]:
+    """Tries rates, and further ones while the best lies at an end.
+
+    Args:
+        rates: to begin with, ascending.
+        experiment_at: the first seed's experiment at a rate.
+        laboratory: has the results so far.
+
+    Returns:
+        The experiments to be run, and the best rate once it is known.
+    """
+    tried = {rate: experiment_at(rate) for rate in rates}
+    while True:
+        results = {rate: laboratory.result(experiment) for rate, experiment in tried.items()}
+        known = {rate: _tuned(result) for rate, result in results.items() if result is not None}
+        if len(known) < len(tried):
+            return list(tried.values()), None
+        best = min(known, key=known.__getitem__)
+        further = {max(tried): best * _FACTOR, min(tried): best / _FACTOR}.get(best)
+        if further is None or len(tried) >= _MOST:
+            return list(tried.values()), best
+        rate = float(f"{further:.1g}")
+        tried[rate] = experiment_at(rate)
+
+
+def _tuned(result: dict[str, dict[str, float]]) -> float:
+    """Perplexity on the tuning text at the end of training."""
+    return list(result["validation_perplexity"].values())[-1]
