@@ -40,6 +40,7 @@ from yunmin.perplexity import token_stream
 from yunmin.quantization.layout import Format
 
 TRAINED_FILE = "trained.json"
+CALLS_FILE = "calls.json"  # what training took so far, where it was stopped
 MEASUREMENT_FILE = "measurement.json"
 _FORMAT = 1
 _KEY_LENGTH = 16  # hexadecimal digits: a study has thousands of experiments, not billions
@@ -197,22 +198,27 @@ class Laboratory:
         return result
 
     def _train(self, experiment: Experiment, folder: Path) -> dict[str, Any]:
-        """Trains, or goes on; seconds and the peak of memory are of this call."""
+        """Trains, or goes on; seconds are those of all calls, the peak of memory is the highest of them."""
         self.report(f"{experiment.label}: training")
+        before = read_result(folder / CALLS_FILE) if checkpoints_of(folder / "run") else None
+        calls = before or {"training_memory_bytes": 0, "seconds": 0.0}
         trim_heap()  # what an earlier experiment left would be used again, and would not show
         reset_peak_memory()
-        before, _ = memory_bytes()
+        resident, _ = memory_bytes()
         begun = time.perf_counter()
         with (folder / "train.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
             trained = self._trained(experiment, folder / "run")
+        calls["training_memory_bytes"] = max(calls["training_memory_bytes"], memory_bytes()[1] - resident)
+        calls["seconds"] += time.perf_counter() - begun
         if trained.interrupted:
+            write_result(folder / CALLS_FILE, calls)
             raise Interrupted(f"{experiment.label} stopped after step {trained.steps} of {trained.total_steps}")
+        trainable = trainable_by_phase(folder / "run")
         return {
             "validation_perplexity": trained.validations,
-            "trainable_parameters": (trainable := trainable_by_phase(folder / "run")),
+            "trainable_parameters": trainable,
             "adapted_parameters": list(trainable.values())[-1],
-            "training_memory_bytes": max(0, memory_bytes()[1] - before),
-            "seconds": time.perf_counter() - begun,
+            **calls,
         }
 
     def _trained(self, experiment: Experiment, run: Path) -> TrainingResult:

@@ -13,9 +13,9 @@ from torch import Tensor
 from export.statistics import input_statistics
 from yunmin.axes import PROJECTIONS, layer_prefix
 from yunmin.channel_path import Matrix, correlation_matrix
-from yunmin.checkpoint import load_checkpoint
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, adapter_folders, load_pillars
+from yunmin.trained import load_trained
 
 _BATCH = 8
 
@@ -30,20 +30,24 @@ def layer_facts(run: Path, sequences: Tensor) -> dict[str, Any]:
     Returns:
         `channel_sparsity`, `state_sparsity` and `weight_sparsity` (shares cut; None where no weight is masked),
         `allocation` (projections, as `LAYER.NAME`, by kind of adapter; None without adapters), and `scan_correlation`:
-        the mean |correlation| of neighbouring channels `before` (as they started) and `after` (in scan order).
+        of the channels that are kept, the mean |correlation| of neighbours `before` (as they started) and `after` (in
+        scan order).
     """
-    checkpoint = load_checkpoint(run)
+    model, checkpoint = load_trained(run)
     pillars = load_pillars(checkpoint.folder, checkpoint.config)
     layers = range(checkpoint.config.n_layers)
-    correlations = _correlations(MambaLM.from_tensors(checkpoint.config, checkpoint.tensors), sequences)
+    correlations = _correlations(model, sequences)
+    kept = [gate > 0 for gate in pillars.channel_gates]
+    started = [gate.nonzero()[:, 0] for gate in kept]
+    ordered = [order[gate[order]] for order, gate in zip(pillars.scan_order, kept, strict=True)]
     return {
         "channel_sparsity": [float((gate == 0).float().mean()) for gate in pillars.channel_gates],
         "state_sparsity": [float((gate == 0).float().mean()) for gate in pillars.state_gates],
         "weight_sparsity": _weight_sparsity(pillars, checkpoint.config.n_layers),
         "allocation": _allocation(checkpoint.folder, checkpoint.config.n_layers),
         "scan_correlation": {
-            "before": [neighbour_correlation(correlations[i], torch.arange(len(correlations[i]))) for i in layers],
-            "after": [neighbour_correlation(correlations[i], pillars.scan_order[i]) for i in layers],
+            "before": [neighbour_correlation(correlations[i], started[i]) for i in layers],
+            "after": [neighbour_correlation(correlations[i], ordered[i]) for i in layers],
         },
     }
 

@@ -168,12 +168,11 @@ def inject_adapters(
         ConfigError: the budget is too small.
     """
     configs: dict[str, PeftConfig] = {}
+    sizes = _sizes(model, (*allocation.lora, *allocation.ia3))
+    ranks = ranks_within(sizes, allocation, config)  # refuses a budget that is too small, whatever it is spent on
     if allocation.lora:
-        sizes = _sizes(model, (*allocation.lora, *allocation.ia3))
         if spectra and config.importance == "spectrum" and config.allocation == "importance":
             ranks = ranks_by_worth(sizes, allocation, config, spectra)
-        else:
-            ranks = ranks_within(sizes, allocation, config)
         rank = min(ranks.values())
         larger = {name: r for name, r in ranks.items() if r > rank}
         scale = config.peft_alpha / config.peft_r  # the same, whatever the ranks are

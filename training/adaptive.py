@@ -360,12 +360,13 @@ def _group(name: str, parameters: dict[str, nn.Parameter], rate: float, decay: f
 
 def _describe(allocation: Allocation, scores: dict[str, float], config: TrainingConfig) -> list[str]:
     counts = f"LoRA on {len(allocation.lora)}, IA3 on {len(allocation.ia3)}, frozen {len(allocation.frozen)}"
-    lines = [f"adapters by importance ({config.importance}): {counts} of {len(scores)} projections"]
+    measure = f" ({config.importance})" if config.allocation == "importance" else ""
+    lines = [f"adapters, allocation {config.allocation}{measure}: {counts} of {len(scores)} projections"]
     ranked = [*allocation.lora, *allocation.ia3, *allocation.frozen]
     lines += [f"  {kind:<6} {', '.join(_short(n) for n in getattr(allocation, kind))}" for kind in ("lora", "ia3")]
     values = sorted(scores[name] for name in ranked)
     ties = sum(a == b for a, b in itertools.pairwise(values))
-    if ties:
+    if ties and config.allocation == "importance":
         lines.append(f"  {ties} scores tie and were ranked by name: with equal widths this measure sees layers only")
     if any(name.endswith("dt_proj") for name in (*allocation.lora, *allocation.ia3)):
         lines.append("  transformers reads dt_proj.weight past its adapter: merge there, or export from here")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from research import experiments
-from research.experiments import Experiment, Interrupted, Laboratory
+from research.experiments import CALLS_FILE, Experiment, Interrupted, Laboratory, read_result
 from research.measures import Measures
 from research.texts import Split, split_text
 from tests.models import TEXT
-from training.trainer import Trainer
+from tests.training.runs import interrupt_after
 from yunmin.corpus import read_documents
 from yunmin.errors import ConfigError, DataError
 
@@ -140,19 +140,16 @@ def test_a_stopped_experiment_ends_as_one_that_never_stopped(
     _, texts, whole = done
     stopped = laboratory(tmp_path, texts)
     stopped.run(experiment(texts).start, keep=True)  # type: ignore[arg-type]
-    step = Trainer._one_step
-
-    def stop_at_seven(trainer: Trainer, *arguments: Any) -> None:
-        step(trainer, *arguments)
-        if trainer.step == 7:
-            trainer._stop_asked.set()
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", stop_at_seven)
+        interrupt_after(7, patch)
         with pytest.raises(Interrupted, match="all stopped after step 7 of 12"):
             stopped.run(experiment(texts))
     assert stopped.result(experiment(texts)) is None
+    calls = read_result(stopped.folder / whole["key"] / CALLS_FILE)
+    assert calls is not None
     result = stopped.run(experiment(texts))
+    assert result["seconds"]["train"] > calls["seconds"] > 0
+    assert result["training_memory_bytes"] >= calls["training_memory_bytes"]
     for part in ("key", "validation_perplexity", "test", "int4", "trainable_parameters", "layers"):
         assert result[part] == whole[part], part
 
