@@ -87,18 +87,21 @@ class _Candidate:
     """The program's function, as the tests call it.
 
     Attributes:
+        called: whether the tests have called it.
         fault: why the verdict is no pass, whatever the tests make of it; "" so far.
         broken: what the tests asked for that cannot be done; "" so far.
     """
 
     def __init__(self, name: str, calls: TextIO, replies: TextIO) -> None:
         self.__name__ = name
+        self.called = False
         self.fault = ""
         self.broken = ""
         self._calls = calls
         self._replies = replies
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.called = True
         try:
             line = dumps((arguments, named))
         except NotPlainError as error:
@@ -166,6 +169,10 @@ def _tests(job: dict[str, Any], calls: TextIO, replies: TextIO, verdict: TextIO)
             exec(tests, module.__dict__)  # noqa: S102
             if "check" in module.__dict__:
                 module.__dict__["check"](candidate)
+            if not candidate.called:  # as of functions and classes that a framework would have run
+                candidate.broken = (
+                    f"they never call {job['entry_point']}; expected check(candidate), or statements that call it"
+                )
     except BaseException as error:  # noqa: BLE001 - whatever goes wrong, it is no pass
         detail = _describe(error, job["tests"]) or type(error).__name__
     detail = candidate.fault or detail

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from research.sandbox.syscalls import filter_program
@@ -19,9 +19,10 @@ _CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 # linux/landlock.h; its system calls have the same numbers on all architectures
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_VERSION, _RULE_PATH_BENEATH = 1, 1
-_READ = 1 << 2 | 1 << 3  # of files and of folders
+_READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
 _RIGHTS_OF_VERSION = (13, 14, 15, 15, 16)  # how many rights over files versions 1, 2, ... can take away
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_PACKAGES = ("site-packages", "dist-packages")  # what anyone may have installed, such as solutions of problems
 _OPEN_FILES = 64
 
 
@@ -63,7 +64,11 @@ class _PathBeneath(ctypes.Structure):
 
 
 def _allow_reading(libc: ctypes.CDLL, folders: Iterable[str]) -> None:
-    """Takes away all access to files but reading below these folders; a path that is not there is passed over."""
+    """Takes away all access to files but reading below these folders, installed packages left out.
+
+    A path that is not there is passed over. Names of files can be listed there all the same: a rule holds for all that
+    is below a folder, and an import lists Python's.
+    """
     version = libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION)
     if version < 1:
         raise _missing("Landlock (Linux 5.13, switched on)")
@@ -72,17 +77,38 @@ def _allow_reading(libc: ctypes.CDLL, folders: Iterable[str]) -> None:
     ruleset = libc.syscall(_LANDLOCK_CREATE_RULESET, ctypes.byref(handled), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         raise _missing("a Landlock ruleset")
-    for path in dict.fromkeys(folders):
-        if not Path(path).is_dir():
-            continue
-        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = _PathBeneath(_READ, folder)
-        if libc.syscall(_LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0) != 0:
-            raise _missing(f"a Landlock rule for {path}")
-        os.close(folder)
+    for folder in dict.fromkeys(str(Path(path).resolve()) for path in folders if Path(path).is_dir()):
+        _allow(libc, ruleset, folder, _READ_FOLDER)
+        for path, is_folder in _without_packages(folder):
+            _allow(libc, ruleset, path, _READ_FILE | (_READ_FOLDER if is_folder else 0))
     if libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
         raise _missing("Landlock for this process")
     os.close(ruleset)
+
+
+def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
+    try:
+        place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # gone by now; what has no rule cannot be read
+        return
+    rule = _PathBeneath(rights, place)
+    if libc.syscall(_LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, ctypes.byref(rule), 0) != 0:
+        raise _missing(f"a Landlock rule for {path}")
+    os.close(place)
+
+
+def _without_packages(folder: str) -> Iterator[tuple[str, bool]]:
+    """Paths of a folder whose whole content may be read, and whether each is a folder.
+
+    Links are left out: what counts is whether the file that they lead to may be read.
+    """
+    for entry in os.scandir(folder):
+        if entry.is_symlink() or entry.name in _PACKAGES:
+            continue
+        if entry.name.startswith("python") and entry.is_dir():
+            yield from _without_packages(entry.path)
+        else:
+            yield entry.path, entry.is_dir()
 
 
 def _limit(cpu_s: int, memory_bytes: int) -> None:

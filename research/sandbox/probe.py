@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def open_doors(job: dict[str, Any]) -> list[str]:
             secret.read_bytes,
             lambda: list(folder.iterdir()),
             lambda: Path("/etc/passwd").read_bytes(),
+            *(file.read_bytes for file in _package_files()),
         ),
         "write files": (
             lambda: new.write_bytes(b"x"),
@@ -64,6 +67,18 @@ def open_doors(job: dict[str, Any]) -> list[str]:
     if any(_succeeds(partial(os.fstat, number)) for number in set(range(3, 64)) - pipes):
         found.append("use files it inherits")
     return found
+
+
+def _package_files() -> list[Path]:
+    """One file of each folder where packages of this Python are installed, as far as there are any."""
+    folders = [Path(path, name) for path in sys.path for name in ("site-packages", "dist-packages")]
+    return [file for folder in folders if folder.is_dir() for file in _first_file(folder)]
+
+
+def _first_file(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return list(islice((path for path in folder.glob("**/*") if path.is_file()), 1))
+    return []
 
 
 def _fork() -> None:

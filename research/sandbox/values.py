@@ -1,14 +1,15 @@
 """Plain data as JSON text: what passes between a program and its tests.
 
 Unlike pickle's and marshal's, no such text can do anything in the process that reads it but give such values. Values
-of subclasses arrive as the plain class: a dictionary that counts is a dictionary, and a number that claims to equal
-everything is just its number. An iterator arrives as one over the values that it gives, and a binary file in memory as
-a copy of it.
+of subclasses arrive as the plain class: a dictionary with defaults is a dictionary, and a number that claims to equal
+everything is just its number. Views of a dictionary arrive as those of one with the same content, an iterator as one
+over the values that it gives, and a binary file in memory as a copy of it.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from fractions import Fraction
@@ -83,6 +84,10 @@ def _unpack(packed: Any) -> Any:
     return _UNPACK[kind](content)
 
 
+def _dict(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    return {_unpack(key): _unpack(item) for key, item in pairs}
+
+
 def _file(digits: str, position: int) -> BytesIO:
     file = BytesIO(bytes.fromhex(digits))
     file.seek(position)
@@ -97,8 +102,12 @@ _PACK: dict[type, Callable[[Any], Any]] = {
     tuple: lambda value: {"tuple": _pack_all(value)},
     set: lambda value: {"set": _pack_all(value)},
     frozenset: lambda value: {"frozenset": _pack_all(value)},
+    Counter: lambda value: {"Counter": [_pack_all(pair) for pair in dict.items(value)]},
     dict: lambda value: {"dict": [_pack_all(pair) for pair in value.items()]},
-    type({}.keys()): lambda value: {"set": _pack_all(value)},
+    deque: lambda value: {"deque": [_pack_all(value), value.maxlen]},
+    type({}.keys()): lambda value: {"keys": _pack_all(value)},
+    type({}.values()): lambda value: {"values": _pack_all(value)},
+    type({}.items()): lambda value: {"items": [_pack_all(pair) for pair in value]},
     bytes: lambda value: {"bytes": value.hex()},
     bytearray: lambda value: {"bytearray": value.hex()},
     complex: lambda value: {"complex": [value.real, value.imag]},
@@ -113,7 +122,12 @@ _UNPACK: dict[str, Callable[[Any], Any]] = {
     "tuple": lambda content: tuple(_unpack(content)),
     "set": lambda content: set(_unpack(content)),
     "frozenset": lambda content: frozenset(_unpack(content)),
-    "dict": lambda content: {_unpack(key): _unpack(item) for key, item in content},
+    "Counter": lambda content: Counter(_dict(content)),
+    "dict": _dict,
+    "deque": lambda content: deque(_unpack(content[0]), content[1]),
+    "keys": lambda content: dict.fromkeys(_unpack(content)).keys(),
+    "values": lambda content: dict(enumerate(_unpack(content))).values(),
+    "items": lambda content: _dict(content).items(),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
     "complex": lambda content: complex(*content),

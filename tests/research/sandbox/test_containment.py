@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -78,6 +79,7 @@ READING = {
     "environment of another": "open('/proc/{pid}/environ').read()",
     "its own": "open('/proc/self/environ').read()",
     "its sandbox": "open('{here}').read()",
+    "a package": "open('{package}').read()",
     "by a link": "import os; os.symlink('{folder}/secret', 'link'); open('link').read()",
     "device": "open('/dev/zero', 'rb').read(1)",
 }
@@ -101,6 +103,8 @@ WRITING = {
     "attribute": "import os; os.setxattr('{folder}/secret', 'user.x', b'x')",
     "mount": SYSTEM_CALL % "165, b'x', b'/tmp', b'tmpfs', 0, 0",
 }
+
+_PACKAGES = Path(sysconfig.get_path("stdlib"), "site-packages")
 
 
 def ways_that_work(sandbox: Sandbox, ways: dict[str, str], expected: str) -> str:
@@ -135,6 +139,7 @@ def test_every_way_out_is_closed(
             "pid": os.getpid(),
             "home": Path.home(),
             "here": runner.__file__,
+            "package": next((path for path in _PACKAGES.rglob("*.*") if path.is_file()), secret),
         }
         detail = ways_that_work(sandbox, {name: way.format(**facts) for name, way in ways.items()}, expected)
     assert detail == ""

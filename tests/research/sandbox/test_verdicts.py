@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+from collections import Counter, deque
 from decimal import Decimal
 from fractions import Fraction
 
@@ -180,6 +181,9 @@ def test_statements_that_call_the_function_are_tests_too(sandbox: Sandbox) -> No
         ("def check(f):\n    try: f(check)\n    except: pass", "", "function is no plain data"),
         ("def check(f:", "", "SyntaxError"),
         ("", "import nothing_like_that", "ModuleNotFoundError"),
+        ("def test_f():\n    assert f(1) == 2", "", "they never call f; expected check"),
+        ("# f(1)", "", "they never call f"),
+        ("import unittest\nclass T(unittest.TestCase):\n    def test_f(self): f(1)", "", "they never call f"),
     ],
 )
 def test_broken_tests_are_an_error_and_no_verdict(sandbox: Sandbox, tests: str, setup: str, why: str) -> None:
@@ -252,6 +256,15 @@ def test_numbers_of_any_size_and_kind_arrive() -> None:
     assert repr(loads(dumps([Decimal("NaN"), Decimal("1.10"), Fraction(1, 3), range(0, 9, 2)]))) == (
         "[Decimal('NaN'), Decimal('1.10'), Fraction(1, 3), range(0, 9, 2)]"
     )
+
+
+def test_collections_arrive_with_their_order() -> None:
+    mapping = {"b": 1, "a": 2}
+    keys, values, items = loads(dumps([mapping.keys(), mapping.values(), mapping.items()]))
+    assert keys == mapping.keys()
+    assert (list(keys), list(values), list(items)) == (["b", "a"], [1, 2], [("b", 1), ("a", 2)])
+    counter, queue = loads(dumps([Counter("aab"), deque([1, 2], 5)]))
+    assert (counter.most_common(1), counter["c"], queue, queue.maxlen) == ([("a", 2)], 0, deque([1, 2]), 5)
 
 
 def test_files_and_iterators_arrive_from_where_they_are() -> None:
