@@ -73,13 +73,24 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness has no type
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        asked = [index for index, (_, _, continuation) in enumerate(requests) if continuation]
-        sequences = [[*requests[i][1], *requests[i][2]] for i in asked]
-        scored = self._model.score(sequences, [len(requests[i][1]) for i in asked])
+        parts = [
+            self._merged(*text, context) if text[1] and not continuation else (context or [self._eos_id], continuation)
+            for text, context, continuation in requests
+        ]
+        asked = [index for index, (_, continuation) in enumerate(parts) if continuation]
+        sequences = [[*parts[i][0], *parts[i][1]] for i in asked]
+        scored = self._model.score(sequences, [len(parts[i][0]) for i in asked])
         found = [(0.0, True)] * len(requests)  # nothing at all is certain
         for index, one in zip(asked, scored, strict=True):
             found[index] = (float(one.logprobs.sum()), bool(one.greedy.all()))
         return found
+
+    def _merged(self, context: str, continuation: str, context_ids: list[int]) -> tuple[list[int], list[int]]:
+        """Ids of a continuation that lengthens its context's by none: all from where they differ, or the last."""
+        ids = self.tok_encode(context + continuation)
+        same = next((i for i, pair in enumerate(zip(context_ids, ids, strict=False)) if pair[0] != pair[1]), len(ids))
+        begin = min(same, len(ids) - 1)
+        return ids[:begin] or [self._eos_id], ids[begin:]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002 (as above)
         texts = [request.args[0] for request in requests]

@@ -118,6 +118,18 @@ def test_every_kind_of_request_is_what_the_logits_say(harness_model: Any, model:
     assert texts[1] == model.generate("def", max_tokens=3, temperature=0).text
 
 
+def test_a_continuation_that_joins_its_context_is_scored_from_where_the_ids_differ(
+    harness_model: Any, model: LanguageModel
+) -> None:
+    eos = TOKENIZER.encode("<|endoftext|>")
+    brown = TOKENIZER.encode("The quick brown fo")
+    assert len(brown) < len(TOKENIZER.encode("The quick brown f"))  # " fo" is one token
+    found = harness_model.loglikelihood(requests(("The quick brown f", "o"), (" ", "x")))
+    expected = [log_likelihood(model, brown[:-1], brown[-1:]), log_likelihood(model, eos, TOKENIZER.encode(" x"))]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
 def test_a_way_to_generate_that_there_is_not_is_refused(harness_model: Any) -> None:
     with pytest.raises(yunmin.errors.RequestError, match="num_beams is not supported"):
         harness_model.generate_until(requests(("x", {"num_beams": 4})))
