@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ TASKS = {
 LM_EVAL = "lm-eval"
 _ANSWERS = ("summarization", "qa")  # tasks in which a model writes
 _KEY_VARIABLE = "YUNMIN_API_KEY"
+_URLS = ("http://", "https://")  # as `research.models.open_model` tells a server; that module takes a second to import
 _WIDTH = 76  # columns of a help text
 
 
@@ -27,14 +30,21 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     """The options, whose `task` is one of `TASKS` or `LM_EVAL`; ends the process where they contradict each other.
 
     Raises:
-        RequestError: an impossible number; names the option.
+        RequestError: an impossible value; names the option.
     """
     arguments = _parser()
     options = arguments.parse_args(argv)
-    if options.lm_eval and options.task:
-        arguments.error("--task: has no meaning with --lm-eval")
-    options.task = LM_EVAL if options.lm_eval else options.task or "perplexity"
-    _settle(arguments, options)
+    if options.lm_eval is not None:
+        if options.task:
+            arguments.error("--task: has no meaning with --lm-eval")
+        if not options.lm_eval.strip(", "):
+            arguments.error("--lm-eval: expected names of tasks")
+    options.task = (options.task or "perplexity") if options.lm_eval is None else LM_EVAL
+    _refuse_meaningless(arguments, options)
+    for name, (_, default) in _OWN.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    _refuse_impossible(arguments, options)
     return options
 
 
@@ -64,17 +74,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--task", choices=[*TASKS], help="what to score (perplexity)")
     add("--data", metavar="SOURCE", help="what to score it on; see below, by task")
-    add("--limit", type=int, metavar="N", help="ask only N examples, chosen by the seed (all)")
+    add("--limit", type=int, metavar="N", help="ask only N examples, chosen by the seed; of lm-eval the first N (all)")
     add("--seed", type=int, metavar="N", help="of every choice (0)")
-    add("--few-shot", type=int, metavar="N", help="examples shown before each question, which are not asked (0)")
-    add("--samples", metavar="FILE", help="write every prompt, answer, right answer and score as JSON lines")
-    add("--batch-size", type=int, metavar="N", default=16, help="sequences at a time, here or on the server (16)")
-    add("--device", default="auto", help="torch device (auto)")
-    add("--runtime", choices=("auto", "native", "torch", "onnx"), default="auto", help="(auto)")
+    add(
+        "--few-shot",
+        type=int,
+        metavar="N",
+        help="examples shown before each question, which are not asked (0; lm-eval: what the task says)",
+    )
+    add("--samples", metavar="FILE", help="write what was asked and answered, and how it was judged, as JSON lines")
+    add("--batch-size", type=int, metavar="N", help="sequences at a time, here or on the server (16)")
+    add("--device", help="torch device (auto)")
+    add("--runtime", choices=("auto", "native", "torch", "onnx"), help="(auto)")
     add(
         "--api-key-env",
         metavar="NAME",
-        default=_KEY_VARIABLE,
         help=f"environment variable with a server's key ({_KEY_VARIABLE})",
     )
     add("--json", action="store_true", help="print the result as one JSON object on stdout")
@@ -86,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out",
         type=float,
         metavar="SHARE",
-        help="use only what yunmin train holds out of SOURCE when its validation_share is SHARE",
+        help="use only what yunmin train holds out at this validation_share where SOURCE is all of its data",
     )
     text.add_argument("--window", type=int, metavar="N", help="tokens read at once (512)")
     text.add_argument("--stride", type=int, metavar="N", help="tokens scored per window (the whole window)")
@@ -157,28 +171,64 @@ _OWN: dict[str, tuple[tuple[str, ...], Any]] = {
     "top_p": (("code",), 1.0),
     "score_samples": (("code",), None),
     "lm_eval_include": ((LM_EVAL,), None),
+    "batch_size": ((*TASKS, LM_EVAL), 16),
+    "device": ((*TASKS, LM_EVAL), "auto"),
+    "runtime": ((*TASKS, LM_EVAL), "auto"),
+    "api_key_env": ((*TASKS, LM_EVAL), _KEY_VARIABLE),
 }
+_HERE = ("device", "runtime")  # of a model that is loaded in this process
+_OF_MODELS = (*_HERE, "api_key_env", "batch_size", "max_new_tokens", "programs", "stop", "temperature", "top_p")
+_MOST_SEED = 2**32 - 1  # NumPy's, and room for the seeds of all samples
 _LEAST = {"few_shot": 0, "seed": 0} | dict.fromkeys(
     ("window", "stride", "max_tokens", "batch_size", "limit", "max_new_tokens", "programs"), 1
 )
 
 
-def _settle(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuses options that have no meaning here or impossible values, and fills in defaults."""
+def _refuse_meaningless(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses options that would change nothing here."""
+
+    def refuse(names: Iterable[str], where: str) -> None:
+        for name in names:
+            if getattr(options, name) is not None:
+                arguments.error(f"{_option(name)}: has no meaning {where}")
+
     task = options.task
-    for name, (tasks, default) in _OWN.items():
-        option = f"--{name.replace('_', '-')}"
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-        elif task not in tasks:
-            arguments.error(f"{option}: has no meaning with {'--lm-eval' if options.lm_eval else f'--task {task}'}")
+    where = "--lm-eval" if task == LM_EVAL else f"--task {task}"
+    refuse((name for name, (tasks, _) in _OWN.items() if task not in tasks), f"with {where}")
+    if options.score_samples is not None:
+        refuse(_OF_MODELS, "with --score-samples")
+    elif (options.model or "").startswith(_URLS):
+        refuse(_HERE, "with a server's URL")
+    else:
+        refuse(["api_key_env"], "without a server's URL")
+    if not options.temperature:
+        refuse(["top_p"], "at temperature 0")
+
+
+def _refuse_impossible(arguments: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses values that would end the work only later."""
     for name, least in _LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:
-            raise RequestError(f"--{name.replace('_', '-')}", f"must be >= {least}, got {value}")
+            raise RequestError(_option(name), f"must be >= {least}, got {value}")
+    if options.seed > _MOST_SEED:
+        raise RequestError("--seed", f"must be <= {_MOST_SEED}, got {options.seed}")
+    if options.task in _WRITTEN:
+        from yunmin.sampling import SamplingParams
+
+        stop = tuple(options.stop or ())
+        SamplingParams(options.max_new_tokens or 1, options.temperature, top_p=options.top_p, stop=stop)
     if (options.model is None) == (options.score_samples is None):
         arguments.error("expected a model, or --score-samples FILE without one")
-    if options.samples is not None and not Path(options.samples).absolute().parent.is_dir():
-        raise RequestError("--samples", f"expected a file in a folder that is there, got {options.samples}")
-    if options.data is None and task != LM_EVAL:
+    if options.samples is not None and not _can_be_written(Path(options.samples).absolute()):
+        raise RequestError("--samples", f"expected a file in a folder that can be written to, got {options.samples}")
+    if options.data is None and options.task != LM_EVAL:
         arguments.error("the following arguments are required: --data")
+
+
+def _can_be_written(path: Path) -> bool:
+    return not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

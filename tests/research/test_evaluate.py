@@ -97,6 +97,9 @@ def test_intervals_are_of_documents_where_there_are_many(
     assert few["byte_perplexity"] == pytest.approx(2 ** few["bits_per_byte"])
 
 
+_CODE = ["--task", "code", "--data", "x"]
+
+
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
@@ -108,6 +111,13 @@ def test_intervals_are_of_documents_where_there_are_many(
         (["--data", "x", "--batch-size", "0"], 1, "--batch-size: must be >= 1, got 0"),
         (["--task", "qa", "--data", "x", "--few-shot", "-1"], 1, "--few-shot: must be >= 0, got -1"),
         (["--task", "qa", "--data", "x", "--samples", "/none/out.jsonl"], 1, "--samples: expected a file in a folder"),
+        (["--task", "qa", "--data", "x", "--samples", "/"], 1, "--samples: expected a file in a folder"),
+        (["--lm-eval", ""], 2, "--lm-eval: expected names of tasks"),
+        (["--data", "x", "--api-key-env", "KEY"], 2, "--api-key-env: has no meaning without a server's URL"),
+        ([*_CODE, "--top-p", "0.5"], 2, "--top-p: has no meaning at temperature 0"),
+        ([*_CODE, "--temperature", "nan"], 1, "temperature: must be a number"),
+        ([*_CODE, "--seed", str(2**63 - 1)], 1, "--seed: must be <= 4294967295"),
+        ([*_CODE, "--score-samples", "y", "--programs", "5"], 2, "--programs: has no meaning with --score-samples"),
     ],
 )
 def test_options_that_mean_nothing_are_refused_in_one_line(
@@ -120,3 +130,9 @@ def test_options_that_mean_nothing_are_refused_in_one_line(
     error = capsys.readouterr().err
     assert (found, error.count("\n")) == (status, 1)
     assert error.startswith(f"yunmin: error: {message}")
+
+
+def test_a_server_has_a_device_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", URL, "--data", "x", "--device", "cpu"])
+    assert capsys.readouterr().err.startswith("yunmin: error: --device: has no meaning with a server's URL")
