@@ -63,12 +63,17 @@ def show(result: dict[str, Any]) -> str:
     for name, value in _flat(result):
         ends = intervals.get(name)
         between = "" if ends is None else f"  [{ends[0]:.4f}, {ends[1]:.4f}]"
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        shown = f"{value:.4f}" if isinstance(value, float) else _line(value)
         lines.append(f"{name.replace('_', ' '):<24} {shown}{between}")
     if intervals:
         what = f"{intervals['units']:,} {intervals['resampled']}"
         lines.append(f"in brackets: {intervals['confidence']:.0%} by bootstrap over {what}")
     return "\n".join(lines)
+
+
+def _line(value: Any) -> str:
+    text = str(value)
+    return text if text.isprintable() else repr(value)
 
 
 def _flat(result: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from research.metrics.pass_at_k import score_passes
 from research.models import Progress, TextModel, no_progress
 from research.sandbox.runner import Sandbox, Verdict
+from research.tasks.generation import choose, unescape
 from research.tasks.problem import Problem, human_eval_problems, read_problems, read_samples, write_samples
 from research.tasks.stdlib_functions import stdlib_problems
 from yunmin.corpus import read_documents, split_documents
@@ -21,6 +21,7 @@ from yunmin.errors import DataError, RequestError
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a completed function is over (Chen et al. 2021)
 _KS = (1, 10, 100)
+_MAX_NEW_TOKENS = 512
 _EMPTY = "    pass\n"
 
 Verdicts = dict[tuple[Problem, str], Verdict]
@@ -39,8 +40,9 @@ def run(
         progress: told how many programs are judged.
 
     Returns:
-        Without `run_model_code` only counts, and how to go on. With it pass@k, `problems`, `programs` and `intervals`.
-        Of the problems that Python's library gives, `unsolvable` ones do not count: what cannot be judged here.
+        Without `run_model_code` only counts, and the command to go on with. With it pass@k, `problems`, `programs` and
+        `intervals`. Both say how the programs were written, or in which file they were found. Of the problems that
+        Python's library gives, `unsolvable` ones do not count: what cannot be judged here.
 
     Raises:
         SandboxError: the programs shall run, and this system cannot confine them. Nothing is generated then.
@@ -57,38 +59,59 @@ def run(
     if options.programs > 1 and options.temperature == 0:
         raise RequestError("--temperature", f"expected one above 0, so that {options.programs} programs differ")
     sandbox = Sandbox() if options.run_model_code else None
-    problems = choose(_problems(options.data, options.held_out), options.limit, options.seed)
+    _, problems = choose(_problems(options.data, options.held_out), limit=options.limit, seed=options.seed)
     if open_model is None:
         completions = read_samples(Path(options.score_samples), problems)
+        written: dict[str, Any] = {"score_samples": options.score_samples}
     else:
-        completions = generate(open_model(), problems, options)
+        written = {
+            "programs_per_problem": options.programs,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_new_tokens": options.max_new_tokens or _MAX_NEW_TOKENS,
+            "stop": list(STOP if options.stop is None else map(unescape, options.stop)),
+        }
+        completions = generate(open_model(), problems, seed=options.seed, **written)
+    written |= {"limit": options.limit, "seed": options.seed}
     if options.samples is not None:  # before anything of it runs
         write_samples(Path(options.samples), problems, completions)
     if sandbox is None:
-        how = f"--score-samples {options.samples} --run-model-code"
-        return {"problems": len(problems), "programs": sum(map(len, completions)), "not_scored": how}
+        counts = {"problems": len(problems), "programs": sum(map(len, completions))}
+        return {**counts, **written, "not_scored": _command(options)}
     result, verdicts = score(problems, completions, sandbox, progress=progress)
     if options.samples is not None:
         write_samples(Path(options.samples), problems, completions, verdicts)
-    return {**result, "seed": options.seed}
+    return {**result, **written}
 
 
-def choose(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:
-    """At most `limit` of the problems, in their order; which ones depends on the seed alone."""
-    order = np.random.default_rng(seed).permutation(len(problems))
-    return [problems[i] for i in sorted(order[:limit])]
+def _command(options: argparse.Namespace) -> str:
+    """What scores the same problems' programs later."""
+    names = ("task", "data", "held_out", "limit", "seed")
+    asked = [(f"--{name.replace('_', '-')}", str(getattr(options, name))) for name in names if getattr(options, name)]
+    pairs = [*asked, ("--score-samples", options.samples)]
+    return shlex.join(["yunmin", "eval", *(word for pair in pairs for word in pair), "--run-model-code"])
 
 
-def generate(model: TextModel, problems: Sequence[Problem], options: argparse.Namespace) -> list[list[str]]:
+def generate(
+    model: TextModel,
+    problems: Sequence[Problem],
+    *,
+    programs_per_problem: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    seed: int,
+) -> list[list[str]]:
     """Completions of each problem's prompt; nothing is run."""
     return model.complete(
         [problem.prompt for problem in problems],
-        max_tokens=options.max_new_tokens or 512,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        stop=STOP if options.stop is None else [text.replace("\\n", "\n") for text in options.stop],
-        seed=options.seed,
-        n=options.programs,
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+        n=programs_per_problem,
     )
 
 
@@ -158,10 +181,10 @@ def judge_all(
 
 
 def _problems(source: str, held_out: float | None) -> list[Problem]:
-    if source == "stdlib":
+    if source in ("stdlib", "stdlib:code"):  # that the latter lacks the reference changes what training holds out
         if held_out is None:
             return stdlib_problems()
-        _, documents = split_documents(read_documents("stdlib"), held_out)
+        _, documents = split_documents(read_documents(source), held_out)
         found = stdlib_problems({document.text for document in documents})
         if not found:
             raise DataError(f"--held-out: {held_out:g} of Python's library has no function with examples; take more")

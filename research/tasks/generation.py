@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from yunmin.errors import DataError, RequestError
 from yunmin.files import atomic_file
 
 Scores = dict[str, float]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_task(task: GenerationTask, model: TextModel, options: argparse.Namespace
         options: of the command line: `data`, `held_out`, `fields`, `limit`, `seed`, `few_shot`, `samples`.
 
     Returns:
-        The mean of each figure, counts, and their intervals over the examples.
+        The mean of each figure, counts, their intervals over the examples, and what they rest on.
 
     Raises:
         DataError: the data is missing or malformed, or has too few examples.
@@ -82,18 +83,20 @@ def run_task(task: GenerationTask, model: TextModel, options: argparse.Namespace
     )
     prompts = [shots + fill(template, example.fields) for example in asked]
     stop = task.stop if options.stop is None else tuple(map(unescape, options.stop))
-    texts = model.complete(prompts, max_tokens=options.max_new_tokens or task.max_new_tokens, stop=stop)
+    max_new_tokens = options.max_new_tokens or task.max_new_tokens
+    texts = model.complete(prompts, max_tokens=max_new_tokens, stop=stop)
     answers = [Answer(e, prompt, found.strip()) for e, prompt, (found,) in zip(asked, prompts, texts, strict=True)]
     scores = [task.score(answer.text, answer.example.golds) for answer in answers]
     if options.samples is not None:
         write_samples(Path(options.samples), answers, scores)
-    return {**means(scores), "few_shot": len(shown), "seed": options.seed}
+    asked_with = {"template": template, "stop": list(stop), "max_new_tokens": max_new_tokens, "limit": options.limit}
+    return {**means(scores), "few_shot": len(shown), "seed": options.seed, **asked_with}
 
 
 def choose(
-    examples: Sequence[Example], *, limit: int | None, few_shot: int, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Examples to show before each question, and others to ask; which ones depends on the seed alone.
+    examples: Sequence[_Item], *, limit: int | None, few_shot: int = 0, seed: int
+) -> tuple[list[_Item], list[_Item]]:
+    """Examples to show before each question, and others to ask, in their order; the seed alone says which.
 
     Raises:
         DataError: there are too few.

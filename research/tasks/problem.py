@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from research.sandbox.runner import Verdict
+from research.tasks.records import read_lines, require_unicode
 from yunmin.errors import DataError, MissingExtraError
 from yunmin.files import atomic_file
 
@@ -112,25 +112,12 @@ def read_samples(path: Path, problems: Sequence[Problem]) -> list[list[str]]:
 
 def _records(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each line stands, and what it says; the fields are there and strings."""
-    try:
-        data = path.read_bytes()
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: {error.strerror if isinstance(error, OSError) and error.strerror else error}"
-        ) from None
     empty = True
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: expected a JSON object, {error.msg}") from None
+    for where, record in read_lines(path):
         for field in fields:
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 raise DataError(f"{where}: expected the string {field!r}")
+        require_unicode(where, (record[field] for field in fields))
         empty = False
         yield where, record
     if empty:
@@ -148,6 +135,6 @@ def _setup(prompt: str) -> str:
 def _compiles(source: str) -> bool:
     try:
         compile(source, "<problem>", "exec")
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):  # the last ones where it is huge
         return False
     return True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yunmin.corpus import load_hub_dataset, read_documents, split_documents
-from yunmin.errors import DataError
+from yunmin.corpus import STDLIB_SOURCES, load_hub_dataset, read_documents, split_documents
+from yunmin.errors import DataError, RequestError
 
 _SPLITS = ("test", "validation")  # of a dataset of the Hub, where none is named
 
@@ -51,8 +53,8 @@ def read_examples(kind: Kind, source: str, *, held_out: float | None, columns: M
 
     Args:
         kind: of the records.
-        source: a `.jsonl` file of records, a `.json` file as SQuAD has it, `stdlib` or a folder of Python sources, or
-            a dataset of the Hub as `name[:config[:split]]`.
+        source: a `.jsonl` file of records, a `.json` file as SQuAD has it, `stdlib` (or a part of it) or a folder of
+            Python sources, or a dataset of the Hub as `name[:config[:split]]`.
         held_out: of Python sources use only what `yunmin train` holds out when its `validation_share` is this.
         columns: names that records have for the task's fields, where they are others.
 
@@ -61,11 +63,15 @@ def read_examples(kind: Kind, source: str, *, held_out: float | None, columns: M
 
     Raises:
         DataError: the source is unknown, empty or malformed; names the file and line.
+        RequestError: names of columns for what has none.
     """
     path = Path(source)
-    if held_out is not None and (source != "stdlib" and not path.is_dir()):
+    is_python = source in STDLIB_SOURCES or path.is_dir()
+    if held_out is not None and not is_python:
         raise DataError(f"--held-out: divides Python sources only (stdlib, or a folder), got {source}")
-    if source == "stdlib" or path.is_dir():
+    if columns and (is_python or path.suffix == ".json"):
+        raise RequestError("--fields", f"names columns of records, which {source} has not")
+    if is_python:
         documents = read_documents(source)
         if held_out is not None:
             _, documents = split_documents(documents, held_out)
@@ -75,7 +81,7 @@ def read_examples(kind: Kind, source: str, *, held_out: float | None, columns: M
             raise DataError(f"{source}: a .json file is read as SQuAD, which has questions; expected .jsonl here")
         found = list(_read_squad(path))
     elif path.is_file():
-        records = _read_lines(path)
+        records = read_lines(path)
         found = [_example(kind, record, columns, where, str(n)) for n, (where, record) in enumerate(records, 1)]
     elif path.suffix in (".json", ".jsonl") or source.startswith((".", "/")):
         raise DataError(f"{source}: expected a .jsonl file, SQuAD's .json or a folder, found no such path")
@@ -87,8 +93,12 @@ def read_examples(kind: Kind, source: str, *, held_out: float | None, columns: M
     return found
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a JSONL file, and where each stands."""
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of a JSONL file, `.gz` or not, and where each stands.
+
+    Raises:
+        DataError: it cannot be read, or a line is no JSON; names file and line.
+    """
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
@@ -111,18 +121,18 @@ def _example(kind: Kind, record: Any, columns: Mapping[str, str], where: str, nu
     golds = _golds(record.get(column))
     if golds is None or not (golds or kind.may_lack_answers):
         raise DataError(f"{where}: expected {column!r} to be a text or a list of texts, found {_shown(record, column)}")
-    _require_unicode(where, (*fields.values(), *golds))
+    require_unicode(where, (*fields.values(), *golds))
     return Example(str(record.get("id", number)), fields, golds)
 
 
 def _golds(value: Any) -> tuple[str, ...] | None:
-    """One text, several, or `{"text": [...]}` as SQuAD has it on the Hub."""
+    """One text, several, or `{"text": [...]}` as SQuAD has it on the Hub; a blank one is no answer."""
     if isinstance(value, dict):
         value = value.get("text")
     if isinstance(value, str):
-        return (value,)
+        value = [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(dict.fromkeys(value))
+        return tuple(dict.fromkeys(text for text in value if text.strip()))
     return None
 
 
@@ -141,8 +151,8 @@ def _read_squad(path: Path) -> Iterator[Example]:
                 fields = {"context": paragraph["context"], "question": question["question"]}
                 if not all(isinstance(text, str) for text in (*fields.values(), *golds)):
                     raise TypeError("a text")  # noqa: TRY301 (told as the others are)
-                _require_unicode(where, (*fields.values(), *golds))
-                yield Example(str(question["id"]), fields, tuple(dict.fromkeys(golds)))
+                require_unicode(where, (*fields.values(), *golds))
+                yield Example(str(question["id"]), fields, tuple(dict.fromkeys(filter(str.strip, golds))))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: expected context and qas of id, question, answers: {error!r}") from None
 
@@ -162,14 +172,21 @@ def _hub_rows(source: str) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{path}: {reason}") from None
 
 
-def _require_unicode(where: str, texts: Iterable[str]) -> None:
+def require_unicode(where: str, texts: Iterable[str]) -> None:
+    """Refuses texts with surrogates, which no tokenizer encodes and no file holds.
+
+    Raises:
+        DataError: one of them has some.
+    """
     try:
         for text in texts:
             text.encode()

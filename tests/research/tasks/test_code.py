@@ -14,7 +14,8 @@ import pytest
 from research.metrics.pass_at_k import pass_at_k
 from research.sandbox.runner import Sandbox
 from research.tasks import code
-from research.tasks.code import STOP, choose, judge_all, run, score
+from research.tasks.code import STOP, judge_all, run, score
+from research.tasks.generation import choose
 from research.tasks.problem import Problem, human_eval_problems, read_problems, read_samples, write_samples
 from tests.models import write_model
 from yunmin.cli import main
@@ -91,6 +92,10 @@ def test_problems_of_a_file_have_what_their_tests_stand_on(file: Path, sandbox: 
         (json.dumps(RECORDS[0]) + "\n" + json.dumps({"task_id": "x"}), ":2: expected the string 'prompt'"),
         (json.dumps(RECORDS[0] | {"test": 5}), "'test'"),
         (json.dumps(RECORDS[0] | {"test": "def check("}), "'test' is not Python"),
+        (json.dumps(RECORDS[0] | {"test": "-" * 200_000 + "1"}), "'test' is not Python"),
+        (json.dumps(RECORDS[0] | {"prompt": "\ud800"}), ":1: expected Unicode text"),
+        ("[" * 100_000, ":1: expected a JSON object"),
+        ('{"task_id": ' + "9" * 5000 + "}", ":1: expected a JSON object"),
         (json.dumps(RECORDS[0]) + "\n" + json.dumps(RECORDS[0]), ":2: the task_id 'set/double' is there twice"),
     ],
 )
@@ -105,9 +110,11 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
         read_problems(tmp_path / "none.jsonl")
     damaged = tmp_path / "damaged.jsonl.gz"
-    damaged.write_bytes(b"no archive")
-    with pytest.raises(DataError, match=r"damaged\.jsonl\.gz"):
-        read_problems(damaged)
+    packed = gzip.compress(b"x" * 100)
+    for content in (b"no archive", packed[:-9], packed[:10] + b"\xff" * 9):
+        damaged.write_bytes(content)
+        with pytest.raises(DataError, match=r"damaged\.jsonl\.gz"):
+            read_problems(damaged)
 
 
 def test_samples_are_read_as_they_were_written(file: Path, tmp_path: Path) -> None:
@@ -147,9 +154,16 @@ def test_nothing_runs_without_the_flag(file: Path, tmp_path: Path, monkeypatch: 
     assert result == {
         "problems": 2,
         "programs": 2,
-        "not_scored": f"--score-samples {samples} --run-model-code",
+        "programs_per_problem": 1,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "max_new_tokens": 512,
+        "stop": list(STOP),
+        "limit": None,
+        "seed": 0,
+        "not_scored": f"yunmin eval --task code --data {file} --score-samples {samples} --run-model-code",
     }
-    assert model.asked["stop"] == STOP
+    assert model.asked["stop"] == list(STOP)
     assert model.asked["temperature"] == 0
     for given in ({}, {"score_samples": samples}):
         with pytest.raises(RequestError, match="--run-model-code"):
@@ -169,7 +183,9 @@ def test_scores_are_the_same_now_and_later(file: Path, tmp_path: Path, sandbox: 
     assert [row["passed"] for row in rows] == [True, True, False, True, False, False]
     assert rows[2]["detail"] == "AssertionError, at: assert candidate(3) == 6"
     later = run(None, options(data=file, run_model_code=True, score_samples=samples, seed=7))
-    assert later == result
+    written = {"programs_per_problem": 3, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 512, "stop": list(STOP)}
+    assert {**later, **written, "score_samples": None} == {**result, "score_samples": None}
+    assert later["score_samples"] == str(samples)
 
 
 def test_ten_programs_give_pass_at_10_and_equal_ones_run_once(file: Path, sandbox: Sandbox) -> None:
@@ -217,16 +233,16 @@ def test_problems_are_divided_as_training_divides_the_library(
 
 def test_a_limit_takes_the_same_problems_for_a_seed() -> None:
     problems = human_eval_problems()
-    few = choose(problems, 10, seed=1)
-    assert few == choose(problems, 10, seed=1) != choose(problems, 10, seed=2)
+    _, few = choose(problems, limit=10, seed=1)
+    assert few == choose(problems, limit=10, seed=1)[1] != choose(problems, limit=10, seed=2)[1]
     assert few == [problem for problem in problems if problem in few]
-    assert choose(problems, None, seed=1) == problems
+    assert choose(problems, limit=None, seed=1) == ([], problems)
 
 
 def test_canonical_solutions_pass_and_empty_ones_do_not(sandbox: Sandbox) -> None:
     # two whose tests call other functions of the prompt, and some others
     known = [problem for problem in human_eval_problems() if problem.task_id in ("HumanEval/32", "HumanEval/50")]
-    problems = known + choose(human_eval_problems(), 4, seed=0)
+    problems = known + choose(human_eval_problems(), limit=4, seed=0)[1]
     right = score(problems, [[problem.canonical_solution or ""] for problem in problems], sandbox)[0]
     empty = score(problems, [[""] for _ in problems], sandbox)[0]
     assert (right["pass@1"], empty["pass@1"]) == (1.0, 0.0)

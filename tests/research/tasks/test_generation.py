@@ -145,6 +145,8 @@ def test_a_template_a_stop_and_names_of_columns_can_be_given(tmp_path: Path) -> 
     assert model.prompts == ["Read:\nA {very} long\\n story.\nIn short:"]
     assert model.asked["stop"] == ("\n\n", "END")
     assert model.asked["max_tokens"] == 7
+    said = {name: result[name] for name in ("template", "stop", "max_new_tokens")}
+    assert said == {"template": "Read:\n{document}\nIn short:", "stop": ["\n\n", "END"], "max_new_tokens": 7}
     assert result["rouge1"] == pytest.approx(0.8)
     assert result["rougeLsum"] == pytest.approx(0.8)
     assert result["intervals"]["rouge1"] is None

@@ -12,7 +12,7 @@ import research.tasks.records
 from research.tasks.question_answering import KIND as QUESTIONS
 from research.tasks.records import Example, Kind, read_examples
 from research.tasks.summarization import KIND as SUMMARIES
-from yunmin.errors import DataError
+from yunmin.errors import DataError, RequestError
 
 SQUAD = {
     "version": "v2.0",
@@ -61,6 +61,20 @@ def test_squads_json_is_read_with_its_questions_without_answer(tmp_path: Path) -
         ("2", "Why?", ()),
         ("3", "When?", ()),
     ]
+
+
+def test_a_blank_answer_is_none(tmp_path: Path) -> None:
+    record = {"context": "c", "question": "q"}
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps(record | {"answers": a}) for a in ("", ["", " "], ["x", ""]))
+    )
+    assert [example.golds for example in read(QUESTIONS, tmp_path / "a.jsonl")] == [(), (), ("x",)]
+
+
+def test_parts_of_the_library_are_sources_without_columns() -> None:
+    assert len(read(SUMMARIES, "stdlib:code", held_out=0.01)) > 5
+    with pytest.raises(RequestError, match="--fields: names columns of records, which stdlib:code has not"):
+        read(SUMMARIES, "stdlib:code", document="x")
 
 
 def test_a_dataset_is_read_like_a_file_and_never_its_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
