@@ -43,6 +43,7 @@ TRAINED_FILE = "trained.json"
 CALLS_FILE = "calls.json"  # what training took so far, where it was stopped
 MEASUREMENT_FILE = "measurement.json"
 _FORMAT = 1
+_START = "the artifact that it starts from"  # for keys that need a checkpoint; which one is known when it is there
 _KEY_LENGTH = 16  # hexadecimal digits: a study has thousands of experiments, not billions
 _NAMES = ("run_name", "output_dir", "project_name", "checkpoint")  # where things lie changes no result
 _OBSERVED_TOKENS = 4096  # for the correlations of channels
@@ -77,7 +78,8 @@ class Experiment:
         for key in _NAMES[:-1] if self.start is None else _NAMES:
             if key in self.training:
                 raise ConfigError(f"{key}: a study decides it, got {self.training[key]!r}")
-        return parse_config(dict(self.training), where=self.label or "experiment")
+        start = {} if self.start is None else {"checkpoint": _START}
+        return parse_config({**start, **self.training}, where=self.label or "experiment")
 
 
 class Laboratory:
@@ -104,7 +106,7 @@ class Laboratory:
             "yunmin": __version__,
             "training": values,
             "start": None if experiment.start is None else self.key(experiment.start),
-            "checkpoint": None if config.checkpoint is None else self._digest(config.checkpoint),
+            "checkpoint": None if config.checkpoint in (None, _START) else self._digest(config.checkpoint),
             "quantize": experiment.quantize,
         }
         return hash_of(facts)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from training.adapters import Adapters, Allocation, adapter_tensors, allocate, inject_adapters
 from training.config import TrainingConfig
+from training.cut import exact_masks
 from training.gating import Gating, mixers_of, set_fixed_masks
 from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
@@ -25,7 +26,7 @@ from training.sparsity import masking_statistics
 from training.spectrum import Spectrum, SpectrumProbe
 from training.team import ALONE, Team
 from yunmin.axes import PROJECTIONS, layer_prefix
-from yunmin.errors import ConfigError, TrainingError
+from yunmin.errors import TrainingError
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, adapter_folders
 from yunmin.trained import inject_adapter, set_fixed_gates
@@ -267,17 +268,20 @@ class AdaptiveModel:
         """Ends the gate phase: exact widths, fixed gates and masks; orders stay as they are from here on."""
         if self._gating is None:
             return []
-        self._scans.close()
         training = self._gating.tensors()
-        channels, states, masks = self._gating.freeze(self.scan_order)
+        channels, states = self._gating.choose(self.scan_order)
+        scores = self._gating.mask_scores()
         self._gating = None
+        lines = self._order_changed(self._scans.solve_among(channels))
+        self._scans.close()
+        of = self.model.config
+        masks = exact_masks(of, self.config, scores, channels, states, self.scan_order)
         self._fixed = Pillars(channels, states, self.scan_order, masks, training)
         set_fixed_gates(self.model, self._fixed)
         set_fixed_masks(self.model, masks)
         self.model.to(self.model.device)
         inner, n = ([int((gate > 0).sum()) for gate in gates] for gates in (channels, states))
-        of = self.model.config
-        return [f"gates fixed: {inner} of {list(of.d_inner)} inner channels, {n} of {list(of.d_state)} states"]
+        return [*lines, f"gates fixed: {inner} of {list(of.d_inner)} inner channels, {n} of {list(of.d_state)} states"]
 
     def _rebuild_probe(self) -> None:
         """Follows projections that masks have wrapped; keeps what was measured."""
@@ -334,8 +338,6 @@ class AdaptiveModel:
             if self._probe.steps == 0:
                 raise TrainingError("importance was never measured: the phase before the adapters is too short")
             return self._probe.means()
-        if not self.config.enable_masking:
-            raise ConfigError(f"importance: {self.config.importance!r} is a measure of gates, and masking is disabled")
         by_layer = [self._fixed.training[f"logits.channel.{layer}"] for layer in range(self.model.config.n_layers)]
         measured = [
             float((torch.sigmoid(t) if self.config.importance == "probability" else t.abs()).mean()) for t in by_layer

@@ -22,6 +22,7 @@ PROJECTION_GROUPS = {
     "s6": ("x_proj", "dt_proj"),
     "all": ("in_proj", "x_proj", "dt_proj", "out_proj"),
 }
+_GATE_MEASURES = ("probability", "magnitude")  # of importance
 RECORD_KEYS = (
     "log_interval",
     "validation_interval",
@@ -207,7 +208,11 @@ class TrainingConfig(BaseModel):
             raise ValueError(f"mask_n must be below mask_m, got {self.mask_n} of {self.mask_m}")
         if self.masking_tau > self.masking_initial_tau:
             raise ValueError("masking_tau must be at most masking_initial_tau: the temperature only falls")
-        if self.importance in ("probability", "magnitude") and self.gate_ranking != "learned":
+        has_channel_gates = self.enable_masking and self.target_sparsity > 0
+        reads_gates = self.enable_peft and self.allocation == "importance" and self.importance in _GATE_MEASURES
+        if reads_gates and not has_channel_gates:
+            raise ValueError(f"importance={self.importance} is a measure of channel gates, and there are none")
+        if self.importance in _GATE_MEASURES and self.gate_ranking != "learned":
             raise ValueError(f"importance={self.importance} is a measure of gates, gate_ranking must be learned")
         needs_gradients = self.lora_init == "gradient" or (
             self.importance == "spectrum" and self.allocation == "importance"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ def check_widths(model: MambaConfig, config: TrainingConfig) -> None:
     if config.channel_multiple % block:
         raise ConfigError(f"channel_multiple: must be a multiple of gate_block_size {block}")
     for width in model.d_inner:
-        kept_channels(width, config.target_sparsity, config.channel_multiple)
+        if config.target_sparsity > 0:
+            kept_channels(width, config.target_sparsity, config.channel_multiple)
         if width % block:
             raise ConfigError(f"gate_block_size: must divide the inner width {width}, got {block}")
 
@@ -43,6 +44,8 @@ def choose_channels(model: MambaConfig, config: TrainingConfig, scores: Sequence
         scores: per layer, one for each channel or block.
     """
     block = gate_block(config)
+    if config.target_sparsity == 0:  # also of widths that are no multiples
+        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
     if config.uniform_widths:
         counts = [
             kept_channels(width, config.target_sparsity, config.channel_multiple) // block for width in model.d_inner
@@ -55,6 +58,21 @@ def choose_channels(model: MambaConfig, config: TrainingConfig, scores: Sequence
 def choose_states(model: MambaConfig, config: TrainingConfig, scores: Sequence[Tensor]) -> list[Tensor]:
     """The states to keep: bool (N,), per layer."""
     return best_units(scores, [kept_states(n, config.target_state_sparsity) for n in model.d_state])
+
+
+def exact_masks(
+    model: MambaConfig,
+    config: TrainingConfig,
+    scores: Mapping[str, Tensor],
+    channels: Sequence[Tensor],
+    states: Sequence[Tensor],
+    scan_order: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    """Weight masks by weight name; scores by the names of the projections, the rest as in `exact_mask`."""
+    return {
+        f"{name}.weight": exact_mask(model, config, name, of_weights, channels, states, scan_order)
+        for name, of_weights in scores.items()
+    }
 
 
 def exact_mask(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainingConfig
-from training.cut import check_widths, choose_channels, choose_states, exact_mask, gate_block
+from training.cut import check_widths, choose_channels, choose_states, gate_block
 from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel
 from training.masks import initial_mask_logits
 from training.sparsity import SparsityTarget, layer_costs, masking_statistics
@@ -75,13 +75,15 @@ class Gating:
             gate.sample(self.temperature, generator)
 
     def expected_sparsity(self) -> dict[str, Tensor]:
-        """Expected share cut of each kind, differentiable scalars."""
-        channels = [gate.keep_probability().sum() for gate in self.channel_gates]
-        full = [torch.tensor(float(width)) for width in self.model.config.d_inner]
-        states = [torch.tensor(float(n)) for n in self.model.config.d_state]
-        unit = self.config.sparsity_unit
-        kept = torch.stack(layer_costs(self.model.config, channels, states, unit)).sum()
-        expected = {"channels": 1 - kept / torch.stack(layer_costs(self.model.config, full, states, unit)).sum()}
+        """Expected share cut of each kind that has gates, differentiable scalars."""
+        expected: dict[str, Tensor] = {}
+        if self.channel_gates:
+            channels = [gate.keep_probability().sum() for gate in self.channel_gates]
+            full = [torch.tensor(float(width)) for width in self.model.config.d_inner]
+            states = [torch.tensor(float(n)) for n in self.model.config.d_state]
+            unit = self.config.sparsity_unit
+            kept = torch.stack(layer_costs(self.model.config, channels, states, unit)).sum()
+            expected["channels"] = 1 - kept / torch.stack(layer_costs(self.model.config, full, states, unit)).sum()
         for kind, gates in (("states", self.state_gates), ("weights", list(self.mask_gates.values()))):
             if gates:
                 expected[kind] = 1 - torch.cat([gate.keep_probability().flatten() for gate in gates]).mean()
@@ -89,8 +91,8 @@ class Gating:
 
     def penalty(self) -> Tensor:
         """The Lagrangian terms of all targets, a scalar to add to the loss."""
-        expected = self.expected_sparsity()
-        return torch.stack([self.targets[kind].penalty(sparsity) for kind, sparsity in expected.items()]).sum()
+        terms = [self.targets[kind].penalty(sparsity) for kind, sparsity in self.expected_sparsity().items()]
+        return torch.stack(terms).sum() if terms else torch.zeros((), device=self.model.device)
 
     @torch.no_grad()
     def ascend(self) -> None:
@@ -110,7 +112,7 @@ class Gating:
 
     def regroup(self, scan_order: Sequence[Tensor]) -> None:
         """Lets block gates follow a new scan order; gates on single channels do not depend on it."""
-        if self.block > 1:
+        if self.block > 1 and self.channel_gates:
             for gate, order in zip(self.channel_gates, scan_order, strict=True):
                 gate.regroup(block_of_channel(order, self.block).to(gate.logits.device))
 
@@ -119,7 +121,9 @@ class Gating:
         states = [torch.tensor(float(n)) for n in self.model.config.d_state]
         if self.state_gates:
             states = [gate.keep_probability().detach().cpu().sum() for gate in self.state_gates]
-        channels = [gate.keep_probability().detach().cpu() for gate in self.channel_gates]
+        channels = [torch.ones(width) for width in self.model.config.d_inner]
+        if self.channel_gates:
+            channels = [gate.keep_probability().detach().cpu() for gate in self.channel_gates]
         values = masking_statistics(self.model.config, channels, states, self.config.sparsity_unit)
         expected = self.expected_sparsity()
         values |= {f"{kind}_sparsity": float(s.detach()) for kind, s in expected.items() if kind != "channels"}
@@ -127,32 +131,34 @@ class Gating:
 
     def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
         """Channel gates, state gates and weight masks (by weight name) as they would act without noise now."""
-        channels = tuple(gate.deterministic().cpu() for gate in self.channel_gates)
+        channels, states = self._open()
+        if self.channel_gates:
+            channels = tuple(gate.deterministic().cpu() for gate in self.channel_gates)
         if self.state_gates:
             states = tuple(gate.deterministic().cpu() for gate in self.state_gates)
-        else:
-            states = tuple(torch.ones(n) for n in self.model.config.d_state)
         masks = {f"{name}.weight": gate.deterministic().cpu() > 0 for name, gate in self.mask_gates.items()}
         return channels, states, masks
 
-    def freeze(self, scan_order: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
-        """Exact widths: the best channels and states, then weight masks among what is left.
-
-        Returns:
-            Channel gates (D,) and state gates (N,) per layer, and bool weight masks by weight name.
-        """
+    def choose(self, _scan_order: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Exact widths: gates (D,) and (N,) per layer that keep the best channels and states."""
         config, model = self.config, self.model.config
-        chosen = choose_channels(model, config, [gate.logits for gate in self.channel_gates])
-        channels = tuple(gate.fixed(kept).cpu() for gate, kept in zip(self.channel_gates, chosen, strict=True))
-        states = tuple(torch.ones(n) for n in model.d_state)
+        channels, states = self._open()
+        if self.channel_gates:
+            chosen = choose_channels(model, config, [gate.logits for gate in self.channel_gates])
+            channels = tuple(gate.fixed(kept).cpu() for gate, kept in zip(self.channel_gates, chosen, strict=True))
         if self.state_gates:
             chosen = choose_states(model, config, [gate.logits for gate in self.state_gates])
             states = tuple(gate.fixed(kept).cpu() for gate, kept in zip(self.state_gates, chosen, strict=True))
-        masks = {
-            f"{name}.weight": exact_mask(model, config, name, gate.logits, channels, states, scan_order)
-            for name, gate in self.mask_gates.items()
-        }
-        return channels, states, masks
+        return channels, states
+
+    def mask_scores(self) -> dict[str, Tensor]:
+        """What decides which weights of each masked projection are kept, by its name."""
+        return {name: gate.logits for name, gate in self.mask_gates.items()}
+
+    def _open(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Gates that cut nothing."""
+        config = self.model.config
+        return tuple(torch.ones(d) for d in config.d_inner), tuple(torch.ones(n) for n in config.d_state)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the gates: logits, multipliers, and the temperature for the record."""
@@ -171,10 +177,11 @@ class Gating:
 
     def _install(self, layer: int, mixer: GatedMixer, order: Tensor) -> None:
         inner, n = self.model.config.d_inner[layer], self.model.config.d_state[layer]
-        unit_of = block_of_channel(order, self.block) if self.block > 1 else None
-        logits = torch.full((inner // self.block,), INITIAL_LOGIT)
-        mixer.channel_gate = LearnedGate(logits, unit_of, self.config.gate_estimator)
-        self.channel_gates.append(mixer.channel_gate)
+        if self.config.target_sparsity > 0:
+            unit_of = block_of_channel(order, self.block) if self.block > 1 else None
+            logits = torch.full((inner // self.block,), INITIAL_LOGIT)
+            mixer.channel_gate = LearnedGate(logits, unit_of, self.config.gate_estimator)
+            self.channel_gates.append(mixer.channel_gate)
         if self.config.target_state_sparsity > 0:
             mixer.state_gate = LearnedGate(torch.full((n,), INITIAL_LOGIT), None, self.config.gate_estimator)
             self.state_gates.append(mixer.state_gate)

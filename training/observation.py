@@ -94,6 +94,27 @@ class ScanOrders:
             return []
         return [layer for layer, scan in enumerate(self._scans) if self._changed(layer, scan.solve)]
 
+    def solve_among(self, channels: Sequence[Tensor]) -> list[int]:
+        """Orders the channels that a cut keeps once more where N:M groups form among them; the others go last.
+
+        Args:
+            channels: final gates (D,), per layer.
+
+        Returns:
+            The layers whose order changed.
+        """
+        changed: list[int] = []
+        if self._is_closed or self.config.scan_objective != "n:m" or self.config.weight_mask != "n:m":
+            return changed
+        for layer, (scan, gate) in enumerate(zip(self._scans, channels, strict=True)):
+            before = scan.get_permutation()
+            kept, cut = before[gate[before] > 0], before[gate[before] == 0]
+            if cut.numel():
+                order = torch.cat([self._n_of_m(layer, kept), cut])
+                scan.adopt(order if self._team.size == 1 else self._team.from_first(order))
+                changed += [] if torch.equal(scan.get_permutation(), before) else [layer]
+        return changed
+
     def show(self, place: Place) -> None:
         """Says which sequences of the batch come next."""
         self._place = place
@@ -131,10 +152,15 @@ class ScanOrders:
             return quantization_order([Grouped(x_proj, mean_squares.float()), Grouped(out_proj)], order)
 
         def n_of_m(order: Tensor, _mean_squares: Tensor) -> Tensor:
-            masked = [name for name in ("x_proj", "out_proj") if name in self.config.mask_targets] or ["out_proj"]
-            return n_of_m_order(self._weights(layer, masked), self.config.mask_n, self.config.mask_m, order)
+            return self._n_of_m(layer, order)
 
         return {"quantization": quantization, "n:m": n_of_m}.get(self.config.scan_objective)
+
+    def _n_of_m(self, layer: int, channels: Tensor) -> Tensor:
+        """Some channels in an order in which the masks keep more; the order given is where the search starts."""
+        masked = [name for name in ("x_proj", "out_proj") if name in self.config.mask_targets] or ["out_proj"]
+        weights = [weight[:, channels] for weight in self._weights(layer, masked)]
+        return channels[n_of_m_order(weights, self.config.mask_n, self.config.mask_m)]
 
     def _weights(self, layer: int, projections: Sequence[str]) -> list[Tensor]:
         mixer = mixers_of(self.model)[layer]

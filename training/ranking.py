@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from training.config import TrainingConfig
-from training.cut import check_widths, choose_channels, choose_states, exact_mask, gate_block
+from training.cut import check_widths, choose_channels, choose_states, gate_block
 from training.gates import block_of_channel
 from training.gating import mixers_of
 from training.parts import Place
@@ -123,8 +123,8 @@ class Ranking:
 
     # --- the cut --------------------------------------------------------------------------------------------------
 
-    def freeze(self, scan_order: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
-        """Gates (D,) and (N,) per layer, and weight masks by weight name, as `Gating.freeze` gives them.
+    def choose(self, scan_order: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Exact widths: gates (D,) and (N,) per layer that keep the best channels, or blocks in scan order, and states.
 
         Raises:
             TrainingError: activations decide, and none was seen.
@@ -137,14 +137,15 @@ class Ranking:
         scores = [_by_unit(s, unit) for s, unit in zip(self._channel_scores(), units, strict=True)]
         kept = choose_channels(model, config, scores)
         channels = tuple(k[unit].float() for k, unit in zip(kept, units, strict=True))
-        states = tuple(k.float() for k in choose_states(model, config, self._state_scores()))
-        masks: dict[str, Tensor] = {}
-        for layer, mixer in enumerate(mixers_of(self.model)):
-            for target in config.mask_targets if config.weight_mask != "none" else ():
-                name = f"{layer_prefix(layer)}mixer.{target}"
-                magnitude = getattr(mixer, target).weight.detach().abs()
-                masks[f"{name}.weight"] = exact_mask(model, config, name, magnitude, channels, states, scan_order)
-        return channels, states, masks
+        return channels, tuple(k.float() for k in choose_states(model, config, self._state_scores()))
+
+    def mask_scores(self) -> dict[str, Tensor]:
+        """The magnitudes of the weights of each masked projection, by its name."""
+        return {
+            f"{layer_prefix(layer)}mixer.{target}": getattr(mixer, target).weight.detach().abs()
+            for layer, mixer in enumerate(mixers_of(self.model))
+            for target in (self.config.mask_targets if self.config.weight_mask != "none" else ())
+        }
 
     def _channel_scores(self) -> list[Tensor]:
         """Squares of the scores of channels (D,): what a block has is then the sum."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from training.config import TrainingConfig, parse_config
+from training.cut import exact_masks
+from training.gating import Gating
+from training.ranking import Ranking
 from training.records import Screen
 
 SMALL: dict[str, Any] = {
@@ -58,3 +63,12 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Screen, "advance", advance_and_interrupt)
+
+
+def frozen(
+    gating: Gating | Ranking, scan_order: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
+    """Channel gates, state gates and weight masks as the gate phase ends with them."""
+    channels, states = gating.choose(scan_order)
+    model, config = gating.model.config, gating.config
+    return channels, states, exact_masks(model, config, gating.mask_scores(), channels, states, scan_order)

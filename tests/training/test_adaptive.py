@@ -17,10 +17,12 @@ from training.config import TrainingConfig, parse_config
 from training.gating import mixers_of
 from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
+from training.observation import ScanOrders
 from training.phases import Phase, plan_phases
 from yunmin.checkpoint import load_checkpoint, write_checkpoint
 from yunmin.errors import ConfigError, TrainingError
 from yunmin.gated import GatedMixer
+from yunmin.n_of_m_order import retained_magnitude
 from yunmin.pillars import adapter_folders, load_pillars, save_pillars
 from yunmin.trained import load_trained
 
@@ -208,10 +210,24 @@ def test_tied_importance_is_told() -> None:
     assert any("scores tie" in line for line in run.lines)
 
 
-def test_a_measure_of_gates_without_masking_is_refused() -> None:
-    run = Run(small_run(importance="magnitude", enable_masking=False))
-    with pytest.raises(ConfigError, match="masking is disabled"):
-        run.adaptive.enter(Phase.ADAPTERS)
+@pytest.mark.parametrize("options", [{"enable_masking": False}, {"target_sparsity": 0.0}])
+def test_a_measure_of_gates_is_refused_where_there_are_none(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="importance=magnitude is a measure of channel gates, and there are none"):
+        small_run(importance="magnitude", **options)
+
+
+def test_groups_of_masks_form_among_the_channels_that_are_kept() -> None:
+    config = small_run(scan_objective="n:m", weight_mask="n:m", channel_gates="channel", channel_multiple=8)
+    model = random_model(mixer=GatedMixer)
+    orders = ScanOrders(model, config, torch.Generator())
+    gates = [(torch.arange(d) % 2).float() for d in model.config.d_inner]
+    assert orders.solve_among(gates) == list(range(model.config.n_layers))
+    for layer, order in enumerate(orders.orders):
+        half = order.numel() // 2
+        assert gates[layer][order].tolist() == [1.0] * half + [0.0] * half
+        weight = model.get_parameter(f"backbone.layers.{layer}.mixer.out_proj.weight").detach()
+        assert retained_magnitude(weight[:, order[:half]], 2, 4) > retained_magnitude(weight[:, gates[layer] > 0], 2, 4)
+    assert orders.solve_among([torch.ones(d) for d in model.config.d_inner]) == []
 
 
 def test_parameter_without_gradient_stops_the_run_by_name() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.models import random_ids, random_model, small_config
+from tests.training.runs import frozen
 from training.config import parse_config
 from training.gates import LearnedGate, block_of_channel
 from training.gating import Gating
@@ -192,7 +193,7 @@ def gating(**options: object) -> Gating:
 def test_frozen_widths_are_exact(channel_gates: str, estimator: str) -> None:
     built = gating(channel_gates=channel_gates, gate_estimator=estimator)
     orders = [torch.arange(40)] * 2
-    channels, states, masks = built.freeze(orders)
+    channels, states, masks = frozen(built, orders)
     assert [int((c > 0).sum()) for c in channels] == [32, 32]
     assert [int((s > 0).sum()) for s in states] == [2, 2]
     assert not masks
@@ -202,7 +203,7 @@ def test_n_of_m_mask_holds_in_scan_order_among_the_survivors() -> None:
     built = gating(weight_mask="n:m", mask_targets=("out_proj",))
     rng = torch.Generator().manual_seed(4)
     orders = [torch.randperm(40, generator=rng) for _ in range(2)]
-    channels, _, masks = built.freeze(orders)
+    channels, _, masks = frozen(built, orders)
     for layer, order in enumerate(orders):
         mask = masks[f"backbone.layers.{layer}.mixer.out_proj.weight"]
         survivors = order[channels[layer][order] > 0]
@@ -245,3 +246,14 @@ def test_gates_leave_the_checkpoints_tensors_alone() -> None:
 def test_gates_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         gating(**options)
+
+
+def test_only_what_has_a_target_gets_gates() -> None:
+    config = parse_config({"target_sparsity": 0.0, "target_state_sparsity": 0.5, "channel_multiple": 64})
+    model = random_model(mixer=GatedMixer)
+    gating = Gating(model, config, [torch.arange(d) for d in model.config.d_inner])
+    assert set(gating.expected_sparsity()) == {"states"}
+    assert {name.split(".")[0] for name in gating.gates} == {"state"}
+    channels, states, _ = frozen(gating, [torch.arange(d) for d in model.config.d_inner])
+    assert all(bool((gate == 1).all()) for gate in channels)  # also of widths that are no multiples
+    assert all(int(gate.sum()) < gate.numel() for gate in states)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models import random_ids, random_model, random_tensors, small_config
-from tests.training.runs import interrupt_after, small_run
+from tests.training.runs import frozen, interrupt_after, small_run
 from tests.training.test_resume import assert_same_checkpoint
 from training.config import parse_config
 from training.gating import mixers_of
@@ -94,7 +94,7 @@ def test_every_ranking_keeps_the_same_exact_widths(kind: str, blocks: str) -> No
     ranking = _ranking(kind, channel_gates=blocks)
     _observe(ranking)
     orders = _orders(ranking)
-    channels, states, _ = ranking.freeze(orders)
+    channels, states, _ = frozen(ranking, orders)
     assert [int(gate.sum()) for gate in channels] == [24, 24]
     assert [int(gate.sum()) for gate in states] == [2, 2]
     if blocks == "block":
@@ -104,12 +104,12 @@ def test_every_ranking_keeps_the_same_exact_widths(kind: str, blocks: str) -> No
 
 def test_the_best_channels_and_blocks_are_kept() -> None:
     ranking = _ranking("magnitude")
-    kept = ranking.freeze(_orders(ranking))[0][0].bool()
+    kept = frozen(ranking, _orders(ranking))[0][0].bool()
     scores = channel_squares(mixers_of(ranking.model)[0])
     assert scores[kept].min() > scores[~kept].max()
     ranking, orders = _ranking("magnitude", channel_gates="block"), _orders(ranking)
     blocks = scores[orders[0]].view(-1, 8).sum(1)
-    kept = ranking.freeze(orders)[0][0][orders[0]].view(-1, 8)[:, 0].bool()
+    kept = frozen(ranking, orders)[0][0][orders[0]].view(-1, 8)[:, 0].bool()
     assert blocks[kept].min() > blocks[~kept].max()
 
 
@@ -117,13 +117,13 @@ def test_layers_compete_where_widths_need_not_be_uniform() -> None:
     ranking = _ranking("magnitude", uniform_widths=False)
     for parameter in mixers_of(ranking.model)[0].parameters():
         parameter.data *= 3
-    widths = [int(gate.sum()) for gate in ranking.freeze(_orders(ranking))[0]]
+    widths = [int(gate.sum()) for gate in frozen(ranking, _orders(ranking))[0]]
     assert widths == [40, 8]
 
 
 def test_weight_masks_keep_the_largest_weights_among_survivors() -> None:
     ranking = _ranking("random", weight_mask="n:m")
-    channels, _, masks = ranking.freeze(_orders(ranking))
+    channels, _, masks = frozen(ranking, _orders(ranking))
     name = "backbone.layers.0.mixer.out_proj.weight"
     inner = _orders(ranking)[0]
     inner = inner[channels[0][inner] > 0]
@@ -136,7 +136,7 @@ def test_weight_masks_keep_the_largest_weights_among_survivors() -> None:
 def test_activations_that_were_never_seen_are_told() -> None:
     ranking = _ranking("activation")
     with pytest.raises(TrainingError, match="no activations were seen"):
-        ranking.freeze(_orders(ranking))
+        frozen(ranking, _orders(ranking))
 
 
 @pytest.mark.parametrize("options", [{"importance": "magnitude"}, {"importance": "probability"}])
