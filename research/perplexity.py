@@ -16,6 +16,7 @@ from yunmin.errors import DataError
 from yunmin.language_model import LanguageModel
 from yunmin.perplexity import token_pieces, windows
 
+_WINDOWS = 8  # read at a time, of a `LanguageModel`
 _ENOUGH_DOCUMENTS = 30  # of which intervals are drawn; from fewer, windows are
 
 
@@ -26,8 +27,6 @@ def evaluate_perplexity(
     window: int = 512,
     stride: int = 512,
     max_tokens: int | None = None,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores texts as one stream, with the end-of-text token before and between them.
 
@@ -44,8 +43,6 @@ def evaluate_perplexity(
         window: tokens read at once; a token is never scored with more than these before it.
         stride: tokens scored per window, the rest of it being context.
         max_tokens: score no more than this; bytes and words count up to there.
-        batch_size: windows at a time, of a `LanguageModel`.
-        progress: called with windows done and in all; of a `LanguageModel`.
 
     Returns:
         `token_perplexity`, `bits_per_byte` (of UTF-8), `byte_perplexity` and `word_perplexity` (words are what
@@ -57,12 +54,7 @@ def evaluate_perplexity(
         ServerError: a server refuses or fails.
     """
     if isinstance(model, LanguageModel):
-
-        def report(_: str, done: int, total: int) -> None:
-            if progress is not None:
-                progress(done, total)
-
-        model = LocalModel(model, batch_size=batch_size, progress=report)
+        model = LocalModel(model, batch_size=_WINDOWS)
     token_ids, pieces = token_pieces(model.tokenizer, texts, max_tokens)
     words = np.array([len(text.split()) for text, _ in pieces])
     n_bytes = np.array([len(text.encode("utf-8")) for text, _ in pieces])

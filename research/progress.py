@@ -16,6 +16,7 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._what = ""
+        self._task: Any = None
         self._said = time.monotonic()
         self._stderr = sys.stderr
         self._bar: Any = None

@@ -15,7 +15,6 @@ from research.server import Call, Server, ServerError
 from yunmin.errors import ConfigError, DataError, TokenizerError
 
 _COPIES = 8  # completions of one prompt asked for at once: a server takes so many, and reads the prompt once
-_SEEDS = 2**63
 _CUT = re.compile(r"(?<=[^\W_]) (?=\S)")
 
 
@@ -87,7 +86,7 @@ class RemoteModel:
         calls, owners = [], []
         for index, prompt in enumerate(prompts):
             for copy in range(0, n, _COPIES):
-                own = {} if seed is None else {"seed": (seed + index * n + copy) % _SEEDS}
+                own = {} if seed is None else {"seed": seed + index * n + copy}
                 asked = {"prompt": prompt or [eos_id], "n": min(_COPIES, n - copy)}
                 calls.append(Call("/v1/completions", sampling | own | asked, weight=min(_COPIES, n - copy)))
                 owners.append(index)

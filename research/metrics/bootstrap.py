@@ -37,22 +37,6 @@ def bootstrap_interval(
     return _percentiles(_resampled(column, samples, seed)[:, 0] / column.shape[1], confidence)
 
 
-def paired_interval(
-    values: ArrayLike, others: ArrayLike, *, confidence: float = CONFIDENCE, samples: int = SAMPLES, seed: int = 0
-) -> Interval:
-    """Interval of the mean of `values - others`, of two systems on the same examples, whose pairs stay together.
-
-    Args:
-        values, others: (n,), in the same order.
-        confidence, samples, seed: as of `bootstrap_interval`.
-
-    Raises:
-        DataError: as there, or unequal lengths.
-    """
-    columns = _columns([values, others])
-    return bootstrap_interval(columns[0] - columns[1], confidence=confidence, samples=samples, seed=seed)
-
-
 def ratio_interval(
     numerators: ArrayLike,
     denominators: ArrayLike,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.metrics import bootstrap
-from research.metrics.bootstrap import bootstrap_interval, paired_interval, ratio_interval
+from research.metrics.bootstrap import bootstrap_interval, ratio_interval
 from yunmin.errors import DataError
 
 
@@ -46,15 +46,6 @@ def test_the_seed_alone_decides_whatever_is_drawn_at_once(monkeypatch: pytest.Mo
     assert bootstrap_interval(values, samples=300, seed=4) == whole
 
 
-def test_pairs_stay_together() -> None:
-    rng = np.random.default_rng(4)
-    hard = rng.normal(0.0, 10.0, 300)
-    better = hard + 0.5 + rng.normal(0.0, 0.1, 300)
-    low, high = paired_interval(better, hard)
-    assert 0.45 < low < 0.5 < high < 0.55
-    assert bootstrap_interval(better)[0] < bootstrap_interval(hard)[1]  # apart they say nothing
-
-
 def test_a_ratio_draws_both_together() -> None:
     tokens = np.random.default_rng(5).integers(1, 100, 200)
     assert ratio_interval(2.0 * tokens, tokens) == (2.0, 2.0)
@@ -75,7 +66,7 @@ def test_impossible_input_is_refused() -> None:
     with pytest.raises(DataError, match="above 0"):
         ratio_interval([1.0], [0.0])
     with pytest.raises(DataError, match="equal length"):
-        paired_interval([1.0, 2.0], [1.0])
+        ratio_interval([1.0, 2.0], [1.0])
     with pytest.raises(DataError, match="confidence"):
         bootstrap_interval([1.0], confidence=95)
     with pytest.raises(DataError, match="sample"):
