@@ -14,7 +14,7 @@ from research.ablation.jobs import Done, Job, Queue, run_here
 from research.ablation.latency import latencies, shape_of
 from research.ablation.progress import Progress
 from research.ablation.recipes import Recipes
-from research.ablation.search import STORAGE_FILE, objectives, search
+from research.ablation.search import objectives, search
 from research.ablation.study import Study
 from research.ablation.trackers import Trackers
 from research.experiments import Experiment, Interrupted, Laboratory
@@ -195,35 +195,23 @@ def test_progress_says_how_each_ended_and_how_long_it_takes(recipes: Recipes) ->
     assert second == "[2/2] all, seed 0: failed: TrainingError: the loss is nan"
 
 
-def test_search_begins_with_all_combinations_goes_on_and_ends_at_its_number(
+@pytest.mark.slow
+def test_search_begins_with_all_combinations_and_draws_on_after_a_stop_as_if_there_had_been_none(
     tmp_path: Path, made_up_runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
     wide = Grid((2, 8), (0.3, 0.8), (0.3, 0.7), (0.2, 0.6))
-    folder = tmp_path / "search"
-    whole = study_in(folder, tiny_recipes(tmp_path, grid=wide, trials=14))
-    folder.mkdir()
-    results = search(whole, silent())
-    assert len({r["combination"] for r in results}) == 8
-    assert len(results) % 2 == 0
-    assert all(0.3 <= r["point"].get("sparsity", 0.5) <= 0.7 for r in results)
-    done = len(made_up_runs)
-    assert search(whole, silent()) == results
-    assert len(made_up_runs) == done
-    more = search(study_in(folder, tiny_recipes(tmp_path, grid=wide, trials=16)), silent())
-    assert more[: len(results)] == results
-    assert (folder / STORAGE_FILE).is_file()
-
-
-def test_a_search_that_was_stopped_draws_on_as_one_that_was_not(
-    tmp_path: Path, made_up_runs: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("optuna")
-    wide = Grid((2, 8), (0.3, 0.8), (0.3, 0.7), (0.2, 0.6))
-    recipes = tiny_recipes(tmp_path, grid=wide, trials=14)
+    recipes = tiny_recipes(tmp_path, grid=wide, trials=11)
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    expected = search(study_in(tmp_path / "whole", recipes), silent())
+    whole = search(study_in(tmp_path / "whole", recipes), silent())
+    assert len({r["combination"] for r in whole}) == 8
+    assert len(whole) % 2 == 0
+    assert all(0.3 <= r["point"].get("sparsity", 0.5) <= 0.7 for r in whole)
+    done = len(made_up_runs)
+    assert search(study_in(tmp_path / "whole", recipes), silent()) == whole
+    assert len(made_up_runs) == done
+
     made_up_runs.clear()
     run = Laboratory.run
 
@@ -236,7 +224,7 @@ def test_a_search_that_was_stopped_draws_on_as_one_that_was_not(
     with pytest.raises(KeyboardInterrupt):
         search(study_in(tmp_path / "stopped", recipes), silent())
     monkeypatch.setattr(Laboratory, "run", run)
-    assert search(study_in(tmp_path / "stopped", recipes), silent()) == expected
+    assert search(study_in(tmp_path / "stopped", recipes), silent()) == whole
 
 
 def test_objectives_are_means_over_seeds_on_the_text_to_tune_by() -> None:
