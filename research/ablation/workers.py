@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,7 +28,8 @@ class _Worker:
         self.connection, other = context.Pipe()
         arguments = (other, laboratory.folder, laboratory.measures, threads)
         self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
+        with _ctrl_c_ignored():
+            self.process.start()
         other.close()
         self.job: Job | None = None
 
@@ -125,6 +126,19 @@ def _serve(connection: Connection, folder: Path, measures: Measures, threads: in
             connection.send(perform(connection.recv(), laboratory))
     except (EOFError, KeyboardInterrupt, BrokenPipeError, ConnectionResetError):
         return
+
+
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """A process that is started within it ignores Ctrl-C from its first instruction on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
