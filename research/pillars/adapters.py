@@ -9,6 +9,7 @@ rank is. Each has the learning rate that is best for it on the tuning text, with
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from research.ablation import words
 from research.ablation.document import Block, Paragraph, Table
 from research.experiments import Experiment, Laboratory
 from research.pillars.bases import NO_PILLARS
-from research.pillars.rates import search_rate
+from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 
@@ -57,13 +58,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def experiments(study: Study, laboratory: Laboratory) -> list[Experiment]:
     """Rates of every way with the first seed; the other seeds at the best one, once it is known."""
-    wanted = []
-    for way in WAYS:
-        tried, best = _search(study, laboratory, way)
-        wanted += tried
-        if best is not None:
-            wanted += [_experiment(study, way, best, seed) for seed in study.seeds[1:]]
-    return wanted
+    return sweep(WAYS, study.seeds, partial(_search, study, laboratory), partial(_experiment, study))
 
 
 def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:

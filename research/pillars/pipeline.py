@@ -15,7 +15,7 @@ from research.ablation.document import Block, Paragraph, Table
 from research.experiments import Experiment, Laboratory
 from research.measures import latency, quality
 from research.pillars.bases import NO_PILLARS
-from research.pillars.rates import search_rate
+from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 from yunmin.artifact import load_artifact
@@ -49,14 +49,8 @@ _PROMPT_TOKENS, _NEW_TOKENS, _ROUNDS = 256, 64, 7
 
 
 def experiments(study: Study, laboratory: Laboratory) -> list[Experiment]:
-    """Rates of both ways with the first seed; the other seeds at the best one, once it is known."""
-    wanted = []
-    for way in WAYS:
-        tried, best = _search(study, laboratory, way)
-        wanted += tried
-        if best is not None:
-            wanted += [_experiment(study, way, best, seed) for seed in study.seeds[1:]]
-    return wanted
+    """Rates of every way with the first seed; the other seeds at the best one, once it is known."""
+    return sweep(WAYS, study.seeds, partial(_search, study, laboratory), partial(_experiment, study))
 
 
 def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from research.experiments import Experiment, Laboratory
 
 _FACTOR = 3.0  # between rates that are tried beyond the first ones
 _MOST = 7
+
+
+def sweep(
+    ways: Iterable[str],
+    seeds: Sequence[int],
+    search: Callable[[str], tuple[list[Experiment], float | None]],
+    experiment: Callable[[str, float, int], Experiment],
+) -> list[Experiment]:
+    """Rates of every way with the first seed; the other seeds at the best one, once it is known.
+
+    Args:
+        ways: that are compared.
+        seeds: of all of them.
+        search: `search_rate` for a way.
+        experiment: of a way, a rate and a seed.
+    """
+    wanted = []
+    for way in ways:
+        tried, best = search(way)
+        wanted += tried
+        if best is not None:
+            wanted += [experiment(way, best, seed) for seed in seeds[1:]]
+    return wanted
 
 
 def search_rate(
