@@ -17,7 +17,8 @@ import yunmin
 from research.local_model import LocalModel
 from research.models import Scored, TextModel, open_model
 from research.perplexity import evaluate_perplexity
-from research.remote_model import RemoteModel, cut_text
+from research.remote_model import RemoteModel
+from research.remote_tokenizer import cut_text
 from tests.models import TEXT, random_pillars, small_config, trained_tokenizer, write_model
 from tests.research.served import remote, served
 from yunmin.errors import ConfigError, DataError, RequestError, TokenizerError
