@@ -64,6 +64,7 @@ class Server:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the server's API key: expected printable ASCII characters, found others")
         self.url = url
+        self._api_key = api_key
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._concurrency = concurrency
         self._transport = transport
@@ -144,11 +145,19 @@ class Server:
             told = error.get("message") if isinstance(error, dict) else None
             times = f" after {_TRIES} tries" if response.status_code in _BUSY else ""
             raise ServerError(
-                f"{self.url}{call.path}: status {response.status_code}{times}: {told or 'no reason given'}"
+                f"{self.url}{call.path}: status {response.status_code}{times}: "
+                f"{self._shown(told) if told else 'no reason given'}"
             )
         if not isinstance(found, dict):
-            raise ServerError(f"{self.url}{call.path}: expected a JSON object, found {response.text!r:.80}")
+            raise ServerError(
+                f"{self.url}{call.path}: expected a JSON object, found {self._shown(response.text)!r:.80}"
+            )
         return found
+
+    def _shown(self, told: object) -> str:
+        """What a server said, in one line and without the key, should it have repeated that."""
+        text = " ".join(str(told).split())
+        return text.replace(self._api_key, "KEY") if self._api_key else text
 
 
 def _asked_wait_s(response: httpx.Response) -> float:

@@ -108,6 +108,10 @@ def _slow(_: httpx.Request) -> httpx.Response:
         (_damaged, "http://test/v1/x: the connection broke off: "),
         (lambda _: httpx.Response(200, text="[" * 100_000), "http://test/v1/x: expected a JSON object, found"),
         (lambda _: httpx.Response(401, json={"error": {"message": "no key"}}), "http://test/v1/x: status 401: no key"),
+        (
+            lambda _: httpx.Response(401, json={"error": {"message": f"unknown:\n{KEY}"}}),
+            "http://test/v1/x: status 401: unknown: KEY",
+        ),
         (lambda _: httpx.Response(500, text="<html>"), "http://test/v1/x: status 500: no reason given"),
         (lambda _: httpx.Response(307, headers={"Location": "http://other/"}), "http://test/v1/x: status 307: no"),
         (lambda _: httpx.Response(200, text='{"half": '), "http://test/v1/x: expected a JSON object, found"),
