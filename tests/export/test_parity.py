@@ -84,7 +84,9 @@ def test_merged_folded_cut_and_ordered_model_equals_trained_one(tmp_path: Path, 
     _assert_equal(_logits(compact), _trained_logits(tmp_path))
 
 
-@pytest.mark.parametrize("adapters", [{}, {"ia3": ia3("in_proj", "out_proj", inputs=("out_proj",))}], ids=str)
+@pytest.mark.parametrize(
+    "adapters", [{}, {"ia3": ia3("in_proj", "out_proj", inputs=("out_proj",))}], ids=["alone", "beside ia3"]
+)
 def test_masks_act_on_the_base_weight_and_ia3_around_it(tmp_path: Path, adapters: dict[str, Any]) -> None:
     config = small_config()
     names = [
