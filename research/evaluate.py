@@ -13,7 +13,7 @@ from research.evaluate_options import LM_EVAL, TASKS, parse_options
 from yunmin.cli import print_json, run
 
 if TYPE_CHECKING:
-    from research.models import Progress, TextModel
+    from research.models.model import Progress, TextModel
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
             open_model = None if options.score_samples else partial(_open, options, progress)
             result = code.run(open_model, options, progress=progress)
         elif options.task == LM_EVAL:
-            from research.lm_eval_model import run_lm_eval
+            from research.models.lm_eval_model import run_lm_eval
 
             result = run_lm_eval(_open(options, progress), options)
         else:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def _open(options: argparse.Namespace, progress: Progress) -> TextModel:
-    from research.models import open_model
+    from research.models.model import open_model
 
     return open_model(
         options.model,

@@ -22,7 +22,7 @@ TASKS = {
 LM_EVAL = "lm-eval"
 _ANSWERS = ("summarization", "qa")  # tasks in which a model writes
 _KEY_VARIABLE = "YUNMIN_API_KEY"
-_URLS = ("http://", "https://")  # as `research.models.open_model` tells a server; that module takes a second to import
+_URLS = ("http://", "https://")  # as `research.models.model` tells a server; that module takes a second to import
 _WIDTH = 76  # columns of a help text
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from research.local_model import LocalModel
 from research.metrics.bootstrap import CONFIDENCE, Interval, ratio_interval
-from research.models import TextModel
+from research.models.local import LocalModel
+from research.models.model import TextModel
 from yunmin.errors import DataError
 from yunmin.language_model import LanguageModel
 from yunmin.perplexity import token_pieces, windows

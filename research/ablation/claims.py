@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from research.ablation.comparisons import Comparison, compare_memory
+from research.ablation.comparisons import compare_memory
 from research.ablation.outcome import Outcome, has_pillar
-from research.ablation.words import change, count, interval, percent
+from research.reports.significance import Paired
+from research.reports.words import change, count, interval, percent
 
 FEWER_TRAINABLE = (0.7, 0.9)
 SPARSITY = (0.3, 0.7)
@@ -94,19 +95,18 @@ def _sparsity(outcomes: Sequence[Outcome]) -> Claim:
 def _less_memory(outcomes: Sequence[Outcome], combination: str) -> Claim:
     text = f"less training memory: {combination}"
     comparison = compare_memory(outcomes, combination)
-    if comparison.found is None or comparison.change is None:
+    if comparison is None:
         return Claim(text, "not measured beside a baseline of the same seed", "not measured")
-    seeds = count(comparison.found.n, "seed")
-    ends = "" if comparison.interval is None else f" {interval(comparison.interval)}"
-    found = f"{change(comparison.change)} at the peak{ends}, {seeds}"
-    return Claim(text, found, _memory_verdict(comparison))
+    found = comparison.found
+    ends = "" if found.change_interval is None else f" {interval(found.change_interval)}"
+    said = f"{change(found.change)} at the peak{ends}, {count(found.n, 'seed')}"
+    return Claim(text, said, _memory_verdict(found))
 
 
-def _memory_verdict(comparison: Comparison) -> str:
-    assert comparison.change is not None
-    if comparison.interval is None:
+def _memory_verdict(found: Paired) -> str:
+    if found.change_interval is None:
         return "not shown"
-    low, high = comparison.interval
+    low, high = found.change_interval
     return "holds" if high < 0 else "does not hold" if low > 0 or math.isclose(low, high) else "not shown"
 
 

@@ -19,14 +19,14 @@ from typing import Any
 
 from research.ablation.estimate import duration_text, estimate
 from research.ablation.grid import grid_from
-from research.ablation.jobs import run_here
 from research.ablation.progress import Progress
 from research.ablation.recipes import Recipes
 from research.ablation.settings import DEFAULT_POINT, SETTINGS_FILE, Settings, default_settings, with_keys
 from research.ablation.sources import prepare_texts
 from research.ablation.study import Plan, Runner, Study
 from research.ablation.trackers import Trackers
-from research.ablation.workers import run_in_workers
+from research.studies.jobs import run_here
+from research.studies.workers import run_in_workers
 from yunmin.cli import print_json
 from yunmin.errors import ConfigError
 
@@ -155,7 +155,7 @@ def _workers(options: argparse.Namespace, settings: Settings) -> int:
 
 def _runner(options: argparse.Namespace, workers: int) -> Runner:
     if options.ray is not None:
-        from research.ablation.ray_runner import run_on_ray
+        from research.studies.ray_runner import run_on_ray
 
         return partial(run_on_ray, address=options.ray, workers=workers)
     return run_here if workers == 1 else partial(run_in_workers, count=workers, threads=1)

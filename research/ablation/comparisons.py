@@ -6,12 +6,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any, Literal
 
 from research.ablation.outcome import COMBINATIONS, GRID_KEYS, MEASURES, PILLARS, Outcome, combination_with
-from research.ablation.significance import LEVEL, Paired, holm, paired
+from research.reports.significance import LEVEL, Paired, holm, paired
 
 Kind = Literal["baseline", "all", "pillar", "interaction", "setting"]
 
@@ -30,7 +30,7 @@ class Comparison:
         measure: precision of the perplexity.
         differences: by seed, in nats per token; negative is better.
         pairs: how many they are means of, in all.
-        found: None where no pair exists.
+        found: what the differences say.
         p_holm: of the t-test, corrected for all tests of the report; None where it was not tested.
     """
 
@@ -39,8 +39,8 @@ class Comparison:
     measure: str
     differences: Mapping[int, float]
     pairs: int
-    found: Paired | None
-    p_holm: float | None = field(default=None)
+    found: Paired
+    p_holm: float | None = None
 
     @property
     def subject(self) -> str:
@@ -56,33 +56,19 @@ class Comparison:
     @property
     def is_identical(self) -> bool:
         """Whether no seed shows any difference."""
-        return self.found is not None and self.found.interval == (0.0, 0.0)
-
-    @property
-    def change(self) -> float | None:
-        """Of the perplexity, as a share of it."""
-        return None if self.found is None else math.expm1(self.found.mean)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % of that change."""
-        if self.found is None or self.found.interval is None:
-            return None
-        low, high = self.found.interval
-        return math.expm1(low), math.expm1(high)
+        return self.found.interval == (0.0, 0.0)
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
-        facts = {} if self.found is None else {**vars(self.found)}
         return {
             "kind": self.kind,
             "name": self.name,
             "measure": self.measure,
-            "change": self.change,
-            "change_interval": self.interval,
+            "change": self.found.change,
+            "change_interval": self.found.change_interval,
             "pairs": self.pairs,
             "log_differences_by_seed": {str(seed): value for seed, value in self.differences.items()},
-            "statistics": facts,
+            "statistics": {**vars(self.found)},
             "p_holm": self.p_holm,
             "is_significant": self.is_significant,
         }
@@ -90,23 +76,23 @@ class Comparison:
 
 def compare(outcomes: Sequence[Outcome]) -> list[Comparison]:
     """All comparisons that the outcomes allow, their p-values corrected together."""
-    found = []
+    candidates: list[Comparison | None] = []
     for measure in MEASURES:
         values = [(outcome, outcome.log_perplexity(measure)) for outcome in outcomes]
         study = _Study([(outcome, value) for outcome, value in values if value is not None])
         if not study.by_seed:
             continue
         others = [name for name in COMBINATIONS if name != "baseline"]
-        found += [study.comparison("baseline", name, "baseline", measure) for name in others]
-        found += [study.comparison("all", "all", name, measure) for name in others if name != "all"]
+        candidates += [study.comparison("baseline", name, "baseline", measure) for name in others]
+        candidates += [study.comparison("all", "all", name, measure) for name in others if name != "all"]
         for size in range(1, len(PILLARS) + 1):
             kind: Kind = "pillar" if size == 1 else "interaction"
             for pillars in combinations(PILLARS, size):
-                found.append(_tested(kind, " × ".join(pillars), measure, study.contrast(pillars)))
+                candidates.append(_tested(kind, " × ".join(pillars), measure, study.contrast(pillars)))
         if measure == MEASURES[0]:
-            found += [_setting(outcomes, key) for key in GRID_KEYS]
-    found = [comparison for comparison in found if comparison.found is not None]
-    p_values = {i: c.found.p_t for i, c in enumerate(found) if c.found is not None and c.found.p_t is not None}
+            candidates += [_setting(outcomes, key) for key in GRID_KEYS]
+    found = [comparison for comparison in candidates if comparison is not None]
+    p_values = {i: c.found.p_t for i, c in enumerate(found) if c.found.p_t is not None}
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     return [replace(comparison, p_holm=corrected.get(i)) for i, comparison in enumerate(found)]
 
@@ -119,7 +105,7 @@ class _Study:
         for outcome, value in values:
             self.by_seed[outcome.seed][outcome.combination].append((outcome, value))
 
-    def comparison(self, kind: Kind, first: str, second: str, measure: str) -> Comparison:
+    def comparison(self, kind: Kind, first: str, second: str, measure: str) -> Comparison | None:
         """Pairs two combinations within each seed, where their points agree on the keys that both have."""
         pairs = {
             seed: [
@@ -159,13 +145,16 @@ class _Study:
         return found
 
 
-def _tested(kind: Kind, name: str, measure: str, pairs: Mapping[int, Sequence[float]]) -> Comparison:
+def _tested(kind: Kind, name: str, measure: str, pairs: Mapping[int, Sequence[float]]) -> Comparison | None:
+    """None where no pair exists."""
     differences = {seed: statistics.fmean(values) for seed, values in sorted(pairs.items()) if values}
-    found = paired(list(differences.values())) if differences else None
+    if not differences:
+        return None
+    found = paired(list(differences.values()))
     return Comparison(kind, name, measure, differences, sum(map(len, pairs.values())), found)
 
 
-def _setting(outcomes: Sequence[Outcome], key: str) -> Comparison:
+def _setting(outcomes: Sequence[Outcome], key: str) -> Comparison | None:
     """The largest value of a setting against the smallest, all else being equal."""
     found: dict[int, list[float]] = defaultdict(list)
     levels: list[float] = []
@@ -176,8 +165,8 @@ def _setting(outcomes: Sequence[Outcome], key: str) -> Comparison:
     return _tested("setting", name, MEASURES[0], found)
 
 
-def compare_memory(outcomes: Sequence[Outcome], combination: str) -> Comparison:
-    """The logarithm of the peak of training memory against the baseline's, paired as perplexities are."""
+def compare_memory(outcomes: Sequence[Outcome], combination: str) -> Comparison | None:
+    """The logarithm of the peak of training memory against the baseline's, paired as perplexities are; None without."""
     study = _Study([(o, math.log(o.memory_bytes)) for o in outcomes if o.memory_bytes])
     return study.comparison("baseline", combination, "baseline", "training memory")
 

@@ -14,16 +14,17 @@ from research.ablation.efficiency import (
     MAIN_COST,
     Configuration,
     best,
-    cheapest_within,
+    cheapest,
     chosen_on,
     configurations,
     decisive,
+    within,
 )
 from research.ablation.outcome import COSTS, MEASURES, Outcome, has_pillar, read_outcomes
-from research.ablation.significance import LEVEL
-from research.ablation.words import change, count, interval, listed, number, p_value, percent
+from research.reports.significance import LEVEL
+from research.reports.words import change, count, interval, listed, number, p_value, percent
 
-TOLERATED = 0.05  # rise of perplexity at which the cheapest configuration is looked for
+TOLERATED = 0.05  # rise of perplexity above the baseline's within which the best configuration is looked for
 KINDS: dict[Kind, tuple[str, str]] = {
     "pillar": ("Each pillar over all combinations of the others", "main effect of a pillar"),
     "baseline": ("Against the baseline", "comparison of a combination with the baseline"),
@@ -42,7 +43,8 @@ class Conclusions:
         failed: (name, reason) of those that cannot be compared.
         comparisons: with corrected p-values.
         found: configurations, over seeds.
-        best: the configuration with the highest score; None where nothing is scored.
+        best: the configuration with the highest score within `TOLERATED` of the baseline's perplexity; of all where no
+            baseline finished; None where nothing is scored.
         claims: the classic ones, checked.
         sentences: what all this says, the most important first.
     """
@@ -85,7 +87,8 @@ def conclude(results: Sequence[dict[str, Any]]) -> Conclusions:
     sentences = [first, *_best_points(found), *effects, *_on_claims(claims), *_kept_orders(outcomes)]
     if not outcomes:
         sentences = ["No experiment finished, so there is nothing to conclude."]
-    return Conclusions(outcomes, failed, comparisons, found, best(found), claims, sentences)
+    top = best(found, within(found, TOLERATED) or found)
+    return Conclusions(outcomes, failed, comparisons, found, top, claims, sentences)
 
 
 def _significance(outcomes: Sequence[Outcome], comparisons: Sequence[Comparison]) -> list[str]:
@@ -118,43 +121,61 @@ def _family(kind: Kind, measure: str, comparisons: Sequence[Comparison]) -> str:
     significant = [comparison for comparison in tested if comparison.is_significant]
     if not significant:
         smallest = min(tested, key=lambda c: c.p_holm or 0.0)
-        halves = [(c.interval[1] - c.interval[0]) / 2 for c in tested if c.interval is not None]
+        ends = [c.found.change_interval for c in tested if c.found.change_interval is not None]
+        halves = [(high - low) / 2 for low, high in ends]
         half = percent(statistics.median(halves))
         return (
             f"{title}, {measure} perplexity: no significant {noun}; smallest corrected p {p_value(smallest.p_holm)} "
-            f"({smallest.subject}, {change(smallest.change)}){same}. Half an interval is {half} at the median: smaller "
-            "effects would hardly be seen."
+            f"({smallest.subject}, {change(smallest.found.change)}){same}. Half an interval is {half} at the median: "
+            "smaller effects would hardly be seen."
         )
-    effects = [f"{c.subject} {change(c.change)} {interval(c.interval)}, p {p_value(c.p_holm)}" for c in significant]
+    effects = [
+        f"{c.subject} {change(c.found.change)} {interval(c.found.change_interval)}, p {p_value(c.p_holm)}"
+        for c in significant
+    ]
     others = [comparison.subject for comparison in tested if not comparison.is_significant]
     rest = f"; not significant: {', '.join(others)}" if others else ""
     return f"{title}, {measure} perplexity changes significantly: {'; '.join(effects)}{rest}{same}."
 
 
 def _best_points(found: Sequence[Configuration]) -> list[str]:
-    sentences = []
-    top = best(found)
-    on_front = [c for c in found if MAIN_COST in c.fronts]
+    """The best one within a limit of quality first: the score alone gives little for perplexity."""
     baseline = next((c for c in found if c.combination == "baseline"), None)
+    text, fitting = chosen_on(found), within(found, TOLERATED)
+    limit = f"within {100 * TOLERATED:.0f} % of the baseline's perplexity on the {text}"
+    sentences = []
+    top, any_top = best(found, fitting), best(found, found)
     if top is not None:
-        is_or_not = "is" if top in on_front else "is not"
+        score = f"score {number(top.score)} (baseline 1)"
         sentences.append(
-            f"The best Pareto point by the score, chosen on the {chosen_on(found)}, is {top.name}: "
-            f"{_against(top, baseline)}; score {number(top.score)} (baseline 1). On the test text it {is_or_not} one "
-            f"of the {len(on_front)} of {count(len(found), 'configuration')} on the front of perplexity, FLOPs and "
-            "trainable parameters."
+            f"The best Pareto point by the score, {limit}, is {top.name}: {_against(top, baseline)}; {score}"
+            f"{_place(top, found)}."
+        )
+    if any_top is not None and any_top is not top:
+        sentences.append(
+            f"The best Pareto point by the score at any perplexity is {any_top.name}: {_against(any_top, baseline)}; "
+            f"score {number(any_top.score)}{_place(any_top, found)}."
         )
     lowest = min(found, key=lambda c: decisive(c, found), default=None)
     if lowest is not None and len(found) > 1:
-        sentences.append(f"Lowest perplexity on the {chosen_on(found)}: {lowest.name}, {_against(lowest, baseline)}.")
-    cheap = cheapest_within(found, TOLERATED)
+        sentences.append(f"Lowest perplexity on the {text}: {lowest.name}, {_against(lowest, baseline)}.")
+    cheap = cheapest(found, fitting)
     if cheap is not None and baseline is not None:
-        limit = f"a perplexity at most {100 * TOLERATED:.0f} % above the baseline's on the {chosen_on(found)}"
         if cheap.costs[MAIN_COST] < baseline.costs.get(MAIN_COST, 0.0):
-            sentences.append(f"Fewest FLOPs at {limit}: {cheap.name}, {_against(cheap, baseline)}.")
+            sentences.append(f"Fewest FLOPs {limit}: {cheap.name}, {_against(cheap, baseline)}.")
         else:
-            sentences.append(f"No configuration needs fewer FLOPs than the baseline at {limit}.")
+            sentences.append(f"No configuration needs fewer FLOPs than the baseline {limit}.")
     return sentences
+
+
+def _place(top: Configuration, found: Sequence[Configuration]) -> str:
+    """Whether the text that is reported on agrees."""
+    on_front = [c for c in found if MAIN_COST in c.fronts]
+    is_or_not = "is" if top in on_front else "is not"
+    return (
+        f"; on the test text it {is_or_not} one of the {len(on_front)} of {count(len(found), 'configuration')} on the "
+        "front of perplexity, FLOPs and trainable parameters"
+    )
 
 
 def _kept_orders(outcomes: Sequence[Outcome]) -> list[str]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from research.ablation.comparisons import Comparison, Kind
 from research.ablation.conclusions import KINDS, Conclusions
-from research.ablation.document import Block, Bullets, Heading, Image, Paragraph, Table
 from research.ablation.efficiency import MAIN_COST, SCORE, Configuration, chosen_on, decisive
 from research.ablation.method import again, method, what_was_run
 from research.ablation.outcome import COMBINATIONS, COSTS, MEASURES, TRAINABLE
 from research.ablation.plots import PLOTS
-from research.ablation.words import change, count, interval, listed, number, p_value
+from research.reports.document import Block, Bullets, Heading, Image, Paragraph, Table
+from research.reports.words import change, count, interval, listed, number, p_value
 
 PLOT_FOLDER = "plots"
 _MOST_ROWS = 30
@@ -136,12 +136,11 @@ _NOTES: dict[Kind, str] = {
 
 def _tested_row(comparison: Comparison) -> tuple[str, ...]:
     found = comparison.found
-    assert found is not None
     return (
         comparison.subject,
         comparison.measure,
-        change(comparison.change),
-        interval(comparison.interval),
+        change(found.change),
+        interval(found.change_interval),
         number(found.effect_size),
         interval(found.effect_interval, "number"),
         p_value(found.p_t),

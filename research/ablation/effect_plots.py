@@ -10,8 +10,8 @@ from research.ablation.comparisons import Comparison, setting_effects
 from research.ablation.conclusions import Conclusions
 from research.ablation.outcome import GRID_KEYS, MEASURES
 from research.ablation.plot_parts import BLUE, RED, title
-from research.ablation.significance import Paired
-from research.ablation.words import listed
+from research.reports.significance import Paired
+from research.reports.words import listed
 
 _MEASURE_MARKS = {"float32": (BLUE, "o"), "int4": (RED, "s")}
 _GROUPS = {"baseline": "a combination against the baseline", "pillar": "a pillar, over all combinations of the others"}
@@ -19,7 +19,7 @@ _GROUPS = {"baseline": "a combination against the baseline", "pillar": "a pillar
 
 def draw_effects(figure: Any, conclusions: Conclusions) -> str:
     """Changes of perplexity with their intervals: of combinations and, over all of them, of pillars."""
-    shown = [c for c in conclusions.comparisons if c.kind in _GROUPS and c.change is not None]
+    shown = [c for c in conclusions.comparisons if c.kind in _GROUPS]
     if not shown:
         return "there is nothing to compare"
     measures = [measure for measure in MEASURES if any(c.measure == measure for c in shown)]
@@ -64,11 +64,11 @@ def _effects_title(against_baseline: list[Comparison]) -> str:
 
 def _forest_row(axes: Any, comparison: Comparison, place: float) -> None:
     colour, marker = _MEASURE_MARKS[comparison.measure]
-    if comparison.interval is not None:
-        axes.plot([100 * end for end in comparison.interval], [place, place], color=colour, linewidth=2)
+    found = comparison.found
+    if found.change_interval is not None:
+        axes.plot([100 * end for end in found.change_interval], [place, place], color=colour, linewidth=2)
     face = colour if comparison.is_significant else "white"
-    assert comparison.change is not None
-    axes.plot(100 * comparison.change, place, marker, color=colour, markerfacecolor=face, markersize=9)
+    axes.plot(100 * found.change, place, marker, color=colour, markerfacecolor=face, markersize=9)
 
 
 def draw_impacts(figure: Any, conclusions: Conclusions) -> str:

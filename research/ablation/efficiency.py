@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from research.ablation.outcome import COSTS, MEASURES, Outcome, name_of
-from research.ablation.significance import ROUNDING
+from research.reports.significance import ROUNDING
 
 MAIN_COST = "flops_per_token"  # exact, and what the score is made of
 SCORE = (
@@ -115,23 +115,31 @@ def chosen_on(found: Sequence[Configuration]) -> str:
     return "validation text" if all(c.validation is not None for c in found) else "test text"
 
 
-def best(found: Sequence[Configuration]) -> Configuration | None:
+def best(found: Sequence[Configuration], among: Sequence[Configuration]) -> Configuration | None:
     """The configuration with the highest score on the text that decides; None where none has a score.
 
     No other one is better in perplexity on that text, FLOPs and trainable parameters together.
     """
-    candidates = [c for c in found if c.score is not None]
+    candidates = [c for c in among if c.score is not None]
     return max(candidates, key=lambda c: _value(c) / decisive(c, found), default=None)
 
 
-def cheapest_within(found: Sequence[Configuration], share: float) -> Configuration | None:
-    """The one of fewest FLOPs whose perplexity, on the text that decides, is at most a share above the baseline's."""
+def within(found: Sequence[Configuration], share: float) -> list[Configuration]:
+    """Those whose perplexity, on the text that decides, is at most a share above the baseline's.
+
+    The best among them is on the front of all on that text: what beats it in everything is within the limit, too.
+    """
     baseline = next((c for c in found if c.combination == "baseline"), None)
     if baseline is None:
-        return None
+        return []
     limit = decisive(baseline, found) * (1 + share)
-    fitting = [c for c in found if decisive(c, found) <= limit and MAIN_COST in c.costs]
-    return min(fitting, key=lambda c: (c.costs[MAIN_COST], decisive(c, found)), default=None)
+    return [c for c in found if decisive(c, found) <= limit]
+
+
+def cheapest(found: Sequence[Configuration], among: Sequence[Configuration]) -> Configuration | None:
+    """The one of fewest FLOPs among some of those found."""
+    timed = [c for c in among if MAIN_COST in c.costs]
+    return min(timed, key=lambda c: (c.costs[MAIN_COST], decisive(c, found)), default=None)
 
 
 def decisive(configuration: Configuration, found: Sequence[Configuration]) -> float:

@@ -12,7 +12,7 @@ from research.ablation.conclusions import Conclusions
 from research.ablation.efficiency import Configuration, front
 from research.ablation.outcome import COMBINATIONS, COSTS, GRID_KEYS, MEASURES, TRAINABLE, Quantity
 from research.ablation.plot_parts import MARKS, heat_map, title
-from research.ablation.words import listed
+from research.reports.words import listed
 
 _PANELS = {
     **{key: COSTS[key] for key in ("weight_bytes", "flops_per_token", "decode_ms")},
@@ -43,7 +43,7 @@ def draw_fronts(figure: Any, conclusions: Conclusions) -> str:
         edge = {"markeredgecolor": "black", "markeredgewidth": 0.5}
         all_axes[0].plot([], [], marker, color=colour, markersize=11, label=combination, **edge)
     figure.legend(loc="outside lower center", ncols=4)
-    best = "" if conclusions.best is None else f"; in the ring, the best score: {conclusions.best.name}"
+    best = "" if conclusions.best is None else f"; in the ring, the best: {conclusions.best.name}"
     title(figure, f"{len(found)} configurations, means over seeds{best}")
     return ""
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from research.experiments import Laboratory
-from research.measures import latency
+from research.studies.experiments import Laboratory
+from research.studies.measures import latency
 from yunmin.checkpoint import Checkpoint
 from yunmin.config import MambaConfig
 from yunmin.machine import machine_facts

@@ -9,11 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from research.ablation.conclusions import Conclusions
-from research.ablation.document import Block, Bullets, Code, Heading, Paragraph, Table
 from research.ablation.efficiency import chosen_on
 from research.ablation.outcome import PHASES, TRAINABLE
-from research.ablation.significance import LEVEL, ROUNDING, smallest_wilcoxon
-from research.ablation.words import p_value
+from research.reports.document import Block, Bullets, Code, Heading, Paragraph, Table
+from research.reports.significance import LEVEL, ROUNDING, smallest_wilcoxon
+from research.reports.words import p_value
 
 _MOST_FAILED = 30
 _SHOWN_OTHERWISE = ("base_models", "command")
@@ -49,7 +49,7 @@ above. Memory is the peak of resident memory while training, above that before.
 
 def method(conclusions: Conclusions) -> list[Block]:
     """How experiments were paired, tested and chosen."""
-    n = max((c.found.n for c in conclusions.comparisons if c.found is not None), default=0)
+    n = max((c.found.n for c in conclusions.comparisons), default=0)
     text = _METHOD.format(
         rounding=ROUNDING,
         level=100 * LEVEL,

@@ -7,7 +7,7 @@ import time
 from typing import Any, Self, TextIO
 
 from research.ablation.estimate import duration_text
-from research.ablation.jobs import Done
+from research.studies.jobs import Done
 from yunmin.errors import MissingExtraError
 
 

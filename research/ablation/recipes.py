@@ -9,8 +9,8 @@ from typing import Any
 from research.ablation.grid import Setting
 from research.ablation.settings import Settings
 from research.ablation.sources import Texts
-from research.experiments import Experiment
-from research.measures import Measures
+from research.studies.experiments import Experiment
+from research.studies.measures import Measures
 from training.config import ARCHITECTURE_KEYS, TrainingConfig, parse_config
 from training.data import load_text, read_and_split
 from yunmin.checkpoint import load_checkpoint

@@ -11,10 +11,10 @@ from typing import Any
 
 from research.ablation.conclusions import conclude
 from research.ablation.content import PLOT_FOLDER, report_blocks
-from research.ablation.document import to_markdown
 from research.ablation.outcome import GRID_KEYS, PHASES
-from research.ablation.page import to_html
 from research.ablation.plots import draw_plots
+from research.reports.document import to_markdown
+from research.reports.page import to_html
 from yunmin.files import atomic_file
 
 RESULTS_FILE = "comprehensive_results.json"
@@ -46,8 +46,8 @@ def write_report(folder: Path, results: list[dict[str, Any]], settings: dict[str
 
     Args:
         folder: of the study.
-        results: one per distinct experiment, as `research.experiments` records them, with `combination`, `point` and
-            `seed`; a failed one has these and `error`, one line.
+        results: one per distinct experiment, as `research.studies.experiments` records them, with `combination`,
+            `point` and `seed`; a failed one has these and `error`, one line.
         settings: of the study, shown as they are. `project` and `mode` go into the title, `command` says how to run it
             again.
         plots: whether plots are drawn.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from research.ablation.settings import Settings
-from research.texts import Split, split_text, write_documents
+from research.studies.texts import Split, split_text, write_documents
 from yunmin.corpus import Document, read_documents
 from yunmin.files import atomic_file, write_json
 

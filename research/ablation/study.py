@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from research.ablation.grid import Setting, distinct, planned
-from research.ablation.jobs import Done, Job, laboratory_in
 from research.ablation.latency import latencies
 from research.ablation.progress import Progress
 from research.ablation.recipes import Recipes
 from research.ablation.trackers import Trackers
-from research.experiments import Experiment, Laboratory
+from research.studies.experiments import Experiment, Laboratory
+from research.studies.jobs import Done, Job, laboratory_in
 
 Runner = Callable[[Sequence[Job], Laboratory], Generator[Done, None, None]]
 EXPERIMENTS = "experiments"

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from research.ablation import words
-from research.ablation.document import Block, Paragraph, Table
-from research.experiments import Experiment, Laboratory
 from research.pillars.bases import NO_PILLARS
 from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
+from research.reports import words
+from research.reports.document import Block, Paragraph, Table
+from research.studies.experiments import Experiment, Laboratory
 
 TITLE = "Hybrid adapters"
 QUESTION = "Does allotting LoRA and IA3 by importance adapt better than uniform LoRA that trains as many numbers?"

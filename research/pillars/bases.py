@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research.experiments import Experiment
-from research.texts import Split
+from research.studies.experiments import Experiment
+from research.studies.texts import Split
 
 SIZES: dict[str, dict[str, Any]] = {
     # for tests and to see that a comparison runs

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from research.ablation.document import Block, Paragraph, Table
-from research.experiments import Experiment, Laboratory
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, table_row
+from research.reports.document import Block, Paragraph, Table
+from research.studies.experiments import Experiment, Laboratory
 
 TITLE = "Learned masking"
 QUESTION = "Do learned gates choose better than a cut by magnitude, by activations, or at random?"

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from export.quantize import quantize_checkpoint
-from research.ablation import words
-from research.ablation.document import Block, Paragraph, Table
-from research.experiments import Experiment, Laboratory
-from research.measures import latency, quality
 from research.pillars.bases import NO_PILLARS
 from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
+from research.reports import words
+from research.reports.document import Block, Paragraph, Table
+from research.studies.experiments import Experiment, Laboratory
+from research.studies.measures import latency, quality
 from yunmin.artifact import load_artifact
 from yunmin.checkpoint import Checkpoint
 from yunmin.cost import cost_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from research.experiments import Experiment, Laboratory
+from research.studies.experiments import Experiment, Laboratory
 
 _FACTOR = 3.0  # between rates that are tried beyond the first ones
 _MOST = 7

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from research.ablation import words
-from research.ablation.document import Block, Heading, Image, Paragraph, to_markdown
+from research.reports import words
+from research.reports.document import Block, Heading, Image, Paragraph, to_markdown
 from yunmin.errors import DataError, MissingExtraError
 from yunmin.files import atomic_file
 

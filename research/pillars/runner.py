@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from research.ablation.jobs import Job
-from research.ablation.workers import run_in_workers
-from research.experiments import Experiment, Laboratory
 from research.pillars.study import Study
+from research.studies.experiments import Experiment, Laboratory
+from research.studies.jobs import Job
+from research.studies.workers import run_in_workers
 from yunmin.errors import TrainingError
 
 

@@ -22,11 +22,11 @@ from export.order import permuted, reordered
 from export.quantize import quantize_checkpoint
 from export.statistics import input_statistics
 from export.texts import CALIBRATION_TOKENS, Text
-from research.ablation.document import Block, Paragraph, Table
-from research.experiments import Experiment, Laboratory
-from research.measures import quality
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, table_row
+from research.reports.document import Block, Paragraph, Table
+from research.studies.experiments import Experiment, Laboratory
+from research.studies.measures import quality
 from training.masks import n_of_m_mask
 from yunmin.axes import layer_prefix
 from yunmin.checkpoint import Checkpoint

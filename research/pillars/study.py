@@ -8,10 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from research.experiments import Experiment, Laboratory, hash_of
-from research.measures import Measures
 from research.pillars.bases import SIZES, WINDOW, Budget, adapted, base_model
-from research.texts import Split, split_text
+from research.studies.experiments import Experiment, Laboratory, hash_of
+from research.studies.measures import Measures
+from research.studies.texts import Split, split_text
 from yunmin.config import MambaConfig
 from yunmin.cost import cost_of
 

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from research.ablation import words
-from research.ablation.significance import LEVEL, Paired, holm, paired
+from research.reports import words
+from research.reports.significance import LEVEL, Paired, holm, paired
 
 Series = Mapping[str, Sequence[float]]  # perplexities of each method, one for each seed
 TABLE_HEADER = ("perplexity", "change", "95 % interval", "p (Holm)")
@@ -33,19 +33,6 @@ class Line:
     @property
     def is_significant(self) -> bool:
         return self.p is not None and self.p < LEVEL
-
-    @property
-    def change(self) -> float | None:
-        """Of the perplexity against the reference's, as a share of it."""
-        return None if self.found is None else math.expm1(self.found.mean)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % of that change."""
-        if self.found is None or self.found.interval is None:
-            return None
-        low, high = self.found.interval
-        return math.expm1(low), math.expm1(high)
 
 
 def compared(tables: Mapping[str, Series], reference: str) -> dict[str, list[Line]]:
@@ -83,16 +70,20 @@ def mean(perplexities: Sequence[float]) -> float:
 
 def table_row(line: Line) -> tuple[str, str, str, str]:
     """The cells of `TABLE_HEADER`."""
-    p = "–" if line.p is None else words.p_value(line.p)
-    return f"{line.perplexity:.2f}", words.change(line.change), words.interval(line.interval), p
+    if line.found is None:
+        return f"{line.perplexity:.2f}", "–", "–", "–"
+    found = line.found
+    changes = words.change(found.change), words.interval(found.change_interval)
+    return f"{line.perplexity:.2f}", *changes, words.p_value(line.p)
 
 
 def said(line: Line, name: str, reference: str) -> str:
     """A comparison as a clause, which claims no more than the test does."""
-    assert line.change is not None
-    difference = f"{words.change(line.change)}, 95 % {words.interval(line.interval)}"
+    assert line.found is not None
+    change = words.change(line.found.change)
+    difference = f"{change}, 95 % {words.interval(line.found.change_interval)}"
     if line.p is None:
-        return f"{name} against {reference}: {words.change(line.change)}, not tested"
+        return f"{name} against {reference}: {change}, not tested"
     if not line.is_significant:
         return f"no significant difference between {name} and {reference} ({difference})"
-    return f"{name} {'better' if line.change < 0 else 'worse'} than {reference} ({difference})"
+    return f"{name} {'better' if line.found.mean < 0 else 'worse'} than {reference} ({difference})"

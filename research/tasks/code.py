@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from research.metrics.pass_at_k import score_passes
-from research.models import Progress, TextModel, no_progress
+from research.models.model import Progress, TextModel, no_progress
 from research.sandbox.runner import Sandbox, Verdict
 from research.tasks.generation import choose, unescape
 from research.tasks.problem import Problem, human_eval_problems, read_problems, read_samples, write_samples

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from research.metrics.bootstrap import CONFIDENCE, bootstrap_interval
-from research.models import TextModel
+from research.models.model import TextModel
 from research.tasks.records import Example, Kind, read_examples
 from yunmin.errors import DataError, RequestError
 from yunmin.files import atomic_file

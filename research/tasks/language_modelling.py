@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from research.models import TextModel
+from research.models.model import TextModel
 from research.perplexity import evaluate_perplexity
 from yunmin.corpus import read_documents, split_documents, texts_of
 

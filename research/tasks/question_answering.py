@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from research.metrics.squad import best_scores, normalize_answer
-from research.models import TextModel
+from research.models.model import TextModel
 from research.tasks.generation import GenerationTask, Scores, run_task
 from research.tasks.records import Kind
 from research.tasks.stdlib import signature_examples

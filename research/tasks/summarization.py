@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from research.metrics.rouge import rouge_scorer
-from research.models import TextModel
+from research.models.model import TextModel
 from research.tasks.generation import GenerationTask, run_task
 from research.tasks.records import Kind
 from research.tasks.stdlib import docstring_examples

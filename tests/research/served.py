@@ -1,4 +1,4 @@
-"""A server's application in this process, for `research.remote_model`: no socket, no second process."""
+"""A server's application in this process, for `research.models.remote`: no socket, no second process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
-from research.remote_model import RemoteModel
+from research.models.remote import RemoteModel
 from serving.api.app import create_app
 from serving.launch import make_backend
 from serving.settings import read_settings

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-import research.remote_model
+import research.models.remote
 import yunmin
-from research.server import Server
+from research.models.server import Server
 from tests.models import TEXT, trained_tokenizer, write_model
 from tests.research.served import URL, served
 from yunmin.cli import main
@@ -49,7 +49,7 @@ def test_a_url_gives_the_figures_of_its_folder(
         keys.append(api_key)
         return Server(url, api_key, concurrency, httpx.ASGITransport(app))
 
-    monkeypatch.setattr(research.remote_model, "Server", in_this_process)
+    monkeypatch.setattr(research.models.remote, "Server", in_this_process)
     monkeypatch.setenv("MY_KEY", "secret-key")
     text = questions.with_name("text.txt")
     text.write_text(TEXT * 3)

@@ -12,7 +12,7 @@ from research.ablation.grid import Grid
 from research.ablation.recipes import Recipes
 from research.ablation.settings import Settings, default_settings
 from research.ablation.sources import prepare_texts
-from research.experiments import Experiment, Laboratory, write_result
+from research.studies.experiments import Experiment, Laboratory, write_result
 from tests.research.ablation.studies import made_up
 from yunmin.errors import TrainingError
 

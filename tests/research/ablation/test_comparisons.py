@@ -36,7 +36,7 @@ def test_pairs_share_their_seed_and_the_settings_that_both_have() -> None:
 def test_points_of_the_grid_are_no_further_evidence() -> None:
     few, many = (_compared(made_up(seeds=4, grid=grid)) for grid in (SMALL, {**SMALL, "tau": (0.3, 0.5, 0.8)}))
     for found in (few, many):
-        assert {c.found.n for c in found.values() if c.found is not None} == {4}
+        assert {c.found.n for c in found.values()} == {4}
     assert many["all against baseline", "float32"].pairs == 3 * few["all against baseline", "float32"].pairs
 
 
@@ -59,7 +59,6 @@ def test_a_small_effect_is_found_in_seeds_that_differ_much() -> None:
 )
 def test_contrasts_find_what_was_planted(effects: dict[str, float], name: str, expected: float) -> None:
     found = _compared(made_up(seeds=2, effects=effects, noise=0.0, grid=SMALL))[name, "float32"]
-    assert found.found is not None
     assert found.found.mean == pytest.approx(expected, abs=1e-9)
 
 
@@ -77,7 +76,7 @@ def test_a_seed_without_all_combinations_has_no_contrast() -> None:
 
 def test_p_values_are_corrected_for_all_tests_together() -> None:
     found = list(_compared(made_up(seeds=4, grid=SMALL)).values())
-    p_values = sorted((c.found.p_t, c.p_holm) for c in found if c.found is not None and c.found.p_t is not None)
+    p_values = sorted((c.found.p_t, c.p_holm) for c in found if c.found.p_t is not None)
     assert p_values[0][1] == pytest.approx(len(p_values) * p_values[0][0])
     assert all(corrected >= plain for plain, corrected in p_values if corrected is not None)
 
@@ -85,7 +84,6 @@ def test_p_values_are_corrected_for_all_tests_together() -> None:
 def test_settings_are_compared_where_all_else_is_equal() -> None:
     results = made_up(seeds=3, noise=0.0, grid=SMALL)
     found = _compared(results)["sparsity 0.5 against 0.3", "float32"]
-    assert found.found is not None
     assert found.found.mean == pytest.approx(0.3 * 0.2)
     effects = setting_effects(read_outcomes(results)[0], "sparsity")
     assert {level: round(effect.mean, 9) for level, effect in effects.items()} == {0.3: -0.03, 0.5: 0.03}

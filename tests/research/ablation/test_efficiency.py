@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.ablation.claims import check_claims
-from research.ablation.efficiency import Configuration, best, cheapest_within, configurations, non_dominated
+from research.ablation.conclusions import conclude
+from research.ablation.efficiency import Configuration, best, cheapest, configurations, non_dominated, within
 from research.ablation.outcome import read_outcomes
 from tests.research.ablation.studies import made_up
 
@@ -63,20 +64,36 @@ def test_best_is_chosen_on_validation_text() -> None:
         _result("masking", 20.0, 100, 100, validation_perplexity={"gates": 1.0, "recover": 50.0}),
         _result("peft", 40.0, 100, 100, validation_perplexity={"adapters": 25.0}),
     ]
-    chosen = best(_found(results))
+    found = _found(results)
+    chosen = best(found, found)
     assert chosen is not None
     assert (chosen.combination, chosen.perplexity["float32"]) == ("peft", 40.0)
     del results[0]["validation_perplexity"]
-    chosen = best(_found(results))
+    found = _found(results)
+    chosen = best(found, found)
     assert chosen is not None
     assert chosen.combination == "masking"
 
 
 def test_cheapest_stays_within_the_limit() -> None:
     results = [_result("baseline", 30.0, 100, 10), _result("masking", 31.4, 60, 10), _result("all", 32.0, 50, 10)]
-    found = cheapest_within(_found(results), 0.05)
-    assert found is not None
-    assert found.combination == "masking"
+    found = _found(results)
+    fitting = within(found, 0.05)
+    assert [c.combination for c in fitting] == ["baseline", "masking"]
+    chosen = cheapest(found, fitting)
+    assert chosen is not None
+    assert chosen.combination == "masking"
+
+
+def test_the_best_point_stays_within_a_limit_of_quality() -> None:
+    results = [_result("baseline", 30.0, 100, 100), _result("masking", 31.0, 60, 100), _result("peft", 90.0, 100, 1)]
+    concluded = conclude(results)
+    assert concluded.best is not None
+    assert concluded.best.combination == "masking"
+    limited, free = (s for s in concluded.sentences if s.startswith("The best Pareto point"))
+    assert "within 5 % of the baseline's perplexity on the test text, is masking" in limited
+    assert "at any perplexity is peft" in free
+    assert conclude(results[2:]).best is not None  # nothing to be near to
 
 
 def test_configurations_are_means_over_seeds() -> None:
@@ -89,7 +106,7 @@ def test_configurations_are_means_over_seeds() -> None:
 def test_nothing_measured_is_on_no_front() -> None:
     result = {"combination": "baseline", "seed": 0, "test": {"token_perplexity": 30.0}}
     found = _found([result])
-    assert (found[0].fronts, found[0].score, best(found)) == ((), None, None)
+    assert (found[0].fronts, found[0].score, best(found, found)) == ((), None, None)
 
 
 def test_claims_are_reported_as_found() -> None:

@@ -10,7 +10,7 @@ from research.ablation.grid import distinct, planned
 from research.ablation.recipes import Recipes
 from research.ablation.settings import Settings, default_settings
 from research.ablation.sources import prepare_texts
-from research.experiments import Laboratory
+from research.studies.experiments import Laboratory
 from tests.models import write_model
 from tests.research.ablation.fakes import tiny_recipes, tiny_settings
 from training.config import ARCHITECTURE_KEYS

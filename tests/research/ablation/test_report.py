@@ -17,9 +17,9 @@ from markdown_it import MarkdownIt
 
 from research.ablation import plots
 from research.ablation.conclusions import conclude
-from research.ablation.document import Block, Bullets, Heading, Paragraph, Table, to_markdown
 from research.ablation.plots import PLOTS, draw_plots
 from research.ablation.report import write_report
+from research.reports.document import Block, Bullets, Heading, Paragraph, Table, to_markdown
 from tests.research.ablation.studies import made_up
 from yunmin.errors import MissingExtraError
 
@@ -54,7 +54,9 @@ def test_report_names_effects_with_intervals_and_corrected_p_values(study: Path)
         r"Against the baseline, float32 .* masking \+\d+\.\d % \[\+\d+\.\d %, \+\d+\.\d %\], p <?0\.0\d+", text
     )
     assert re.search(
-        r"The best Pareto point by the score, chosen on the validation text, is (scan\+)?peft \(rank 4", text
+        r"The best Pareto point by the score, within 5 % of the baseline's perplexity on the validation text, is "
+        r"(scan\+)?peft \(rank 4",
+        text,
     )
     assert "no significant interaction of pillars" in text
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from research.ablation.jobs import run_here
 from research.pillars import runner
 from research.pillars.__main__ import COMPARISONS, main
 from research.pillars.adapters import WAYS
@@ -20,6 +19,7 @@ from research.pillars.report import page, update_section
 from research.pillars.scan_orders import EFFECTS, ORDERS, kept_in_blocks
 from research.pillars.study import Study
 from research.pillars.summary import compared, said
+from research.studies.jobs import run_here
 from yunmin.cli import run
 from yunmin.errors import DataError
 
@@ -96,8 +96,8 @@ def test_changes_are_paired_by_seed_and_corrected_for_all_tables() -> None:
     alone, b, c = compared({"": series}, "a")[""]
     assert alone.found is None
     ratios = [x / y for x, y in zip(series["b"], series["a"], strict=True)]
-    assert b.change == pytest.approx(math.prod(ratios) ** (1 / 3) - 1)
     assert b.found is not None
+    assert b.found.change == pytest.approx(math.prod(ratios) ** (1 / 3) - 1)
     assert b.found.p_t is not None
     assert b.p == pytest.approx(2 * b.found.p_t)
     both = compared({"first": series, "second": {"a": series["a"], "b": series["b"]}}, "a")

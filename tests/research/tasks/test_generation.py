@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from research.models import Scored, TokenIds
+from research.models.model import Scored, TokenIds
 from research.tasks import question_answering, summarization
 from tests.models import trained_tokenizer
 from yunmin.errors import DataError, RequestError

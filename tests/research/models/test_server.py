@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from research.remote_model import RemoteModel
-from research.server import Call, Server, ServerError
+from research.models.remote import RemoteModel
+from research.models.server import Call, Server, ServerError
 from tests.serving.fixtures import free_port
 from yunmin.errors import ConfigError
 
@@ -35,7 +35,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         found.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr("research.server.asyncio.sleep", asleep)
+    monkeypatch.setattr("research.models.server.asyncio.sleep", asleep)
     return found
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.models import TextModel
+from research.models.model import TextModel
 from yunmin.errors import DataError, MissingExtraError, RequestError, TokenizerError, YunminError
 from yunmin.files import atomic_file
 

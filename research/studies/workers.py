@@ -13,9 +13,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from research.ablation.jobs import Done, Job, Queue, laboratory_in, perform
-from research.experiments import Laboratory
-from research.measures import Measures
+from research.studies.experiments import Laboratory
+from research.studies.jobs import Done, Job, Queue, laboratory_in, perform
+from research.studies.measures import Measures
 
 _STOP_LIMIT_S = 120.0  # for a step, a checkpoint, or what cannot be interrupted in an export
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from research import experiments
-from research.experiments import CALLS_FILE, Experiment, Interrupted, Laboratory, read_result
-from research.measures import Measures
-from research.texts import Split, split_text
+from research.studies import experiments
+from research.studies.experiments import CALLS_FILE, Experiment, Interrupted, Laboratory, read_result
+from research.studies.measures import Measures
+from research.studies.texts import Split, split_text
 from tests.models import TEXT
 from tests.training.runs import interrupt_after
 from yunmin.corpus import read_documents

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from research.ablation.jobs import LOG_FILE, Done, Job, Queue, laboratory_in, one_line, perform
-from research.experiments import Experiment, Laboratory, write_result
-from research.measures import Measures
+from research.studies.experiments import Experiment, Laboratory, write_result
+from research.studies.jobs import LOG_FILE, Done, Job, Queue, laboratory_in, one_line, perform
+from research.studies.measures import Measures
 from yunmin.errors import ConfigError, MissingExtraError
 
 LOCAL = "local"

@@ -109,10 +109,10 @@ def open_model(
         YunminError: it cannot be loaded, or there is no such server, or it has no tokenizer.
     """
     if source.startswith(("http://", "https://")):
-        from research.remote_model import RemoteModel
+        from research.models.remote import RemoteModel
 
         return RemoteModel(source, api_key=api_key, concurrency=batch_size, progress=progress)
-    from research.local_model import LocalModel
+    from research.models.local import LocalModel
     from yunmin.language_model import load
 
     return LocalModel(load(source, device=device, runtime=runtime), batch_size=batch_size, progress=progress)

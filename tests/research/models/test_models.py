@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 
-import research.local_model
+import research.models.local
 import yunmin
-from research.local_model import LocalModel
-from research.models import Scored, TextModel, open_model
+from research.models.local import LocalModel
+from research.models.model import Scored, TextModel, open_model
+from research.models.remote import RemoteModel
+from research.models.remote_tokenizer import cut_text
 from research.perplexity import evaluate_perplexity
-from research.remote_model import RemoteModel
-from research.remote_tokenizer import cut_text
 from tests.models import TEXT, random_pillars, small_config, trained_tokenizer, write_model
 from tests.research.served import remote, served
 from yunmin.errors import ConfigError, DataError, RequestError, TokenizerError
@@ -103,7 +103,7 @@ def test_a_long_sequence_is_read_on_from_its_state(model: LanguageModel, monkeyp
     sequences = [TOKENIZER.encode(TEXT), TOKENIZER.encode(TEXT)[:8], TOKENIZER.encode(TEXT)[:9]]
     first = [30, 1, 8]
     whole = LocalModel(model).score(sequences, first)
-    monkeypatch.setattr(research.local_model, "_CHUNK", 7)
+    monkeypatch.setattr(research.models.local, "_CHUNK", 7)
     for found, expected in zip(LocalModel(model).score(sequences, first), whole, strict=True):
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
         assert found.greedy.tolist() == expected.greedy.tolist()

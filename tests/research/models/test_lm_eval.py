@@ -78,8 +78,8 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
 
 @pytest.fixture(params=["here", "behind a URL"])
 def harness_model(request: pytest.FixtureRequest, model: LanguageModel) -> Iterator[Any]:
-    from research.lm_eval_model import HarnessModel
-    from research.local_model import LocalModel
+    from research.models.lm_eval_model import HarnessModel
+    from research.models.local import LocalModel
 
     if request.param == "here":
         yield HarnessModel(LocalModel(model))

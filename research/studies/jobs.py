@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from research.experiments import Experiment, Laboratory
-from research.measures import Measures
+from research.studies.experiments import Experiment, Laboratory
+from research.studies.measures import Measures
 
 LOG_FILE = "log.txt"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from research.server import Call, Server, ServerError
+from research.models.server import Call, Server, ServerError
 from yunmin.errors import DataError
 
 _CUT = re.compile(r"(?<=[^\W_]) (?=\S)")

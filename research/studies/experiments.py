@@ -22,8 +22,8 @@ import torch
 from export.options import Options
 from export.pipeline import export
 from export.texts import Text
-from research.layers import layer_facts
-from research.measures import Measures, measure_artifact
+from research.studies.layers import layer_facts
+from research.studies.measures import Measures, measure_artifact
 from training.checkpointing import checkpoints_of
 from training.config import RECORD_KEYS, TrainingConfig, parse_config
 from training.records import METRICS_FILE

@@ -41,6 +41,19 @@ class Paired:
     p_t: float | None = None
     p_wilcoxon: float | None = None
 
+    @property
+    def change(self) -> float:
+        """Of a quantity whose logarithms differ, as a share of it: exp(mean) - 1."""
+        return math.expm1(self.mean)
+
+    @property
+    def change_interval(self) -> tuple[float, float] | None:
+        """95 % of that change."""
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        return math.expm1(low), math.expm1(high)
+
 
 def paired(differences: Sequence[float], rounding: float = ROUNDING) -> Paired:
     """Tests whether the mean of paired differences is 0.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from research.ablation.significance import effect_interval, hedges_factor, holm, paired, smallest_wilcoxon
+from research.reports.significance import effect_interval, hedges_factor, holm, paired, smallest_wilcoxon
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])

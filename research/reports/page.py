@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from research.ablation.document import Block, Bullets, Code, Heading, Image, Paragraph, Table
+from research.reports.document import Block, Bullets, Code, Heading, Image, Paragraph, Table
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --link: #0072B2; }

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from research.models import Progress, Scored, TokenIds, no_progress
-from research.remote_tokenizer import RemoteTokenizer
-from research.server import Call, Server, ServerError
+from research.models.model import Progress, Scored, TokenIds, no_progress
+from research.models.remote_tokenizer import RemoteTokenizer
+from research.models.server import Call, Server, ServerError
 from yunmin.errors import ConfigError, DataError, TokenizerError
 
 _COPIES = 8  # completions of one prompt asked for at once: a server takes so many, and reads the prompt once

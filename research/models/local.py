@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from research.models import Progress, Scored, TokenIds, no_progress
+from research.models.model import Progress, Scored, TokenIds, no_progress
 from yunmin.errors import DataError, MissingExtraError, TokenizerError, YunminError
 from yunmin.language_model import LanguageModel
 from yunmin.sampling import SamplingParams

@@ -1,0 +1,1 @@
+"""What reports share: documents, pages, words, and tests of differences."""
