@@ -17,15 +17,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from research.ablation.estimate import duration_text, estimate
+from research.ablation.estimate import estimate
 from research.ablation.grid import grid_from
-from research.ablation.progress import Progress
 from research.ablation.recipes import Recipes
 from research.ablation.settings import DEFAULT_POINT, SETTINGS_FILE, Settings, default_settings, with_keys
 from research.ablation.sources import prepare_texts
 from research.ablation.study import Plan, Runner, Study
 from research.ablation.trackers import Trackers
+from research.reports.words import duration
 from research.studies.jobs import run_here
+from research.studies.progress import Progress
 from research.studies.workers import run_in_workers
 from yunmin.cli import print_json
 from yunmin.errors import ConfigError
@@ -241,7 +242,7 @@ def _show_plan(plan: Plan, recipes: Recipes, workers: int, write: Any) -> None:
         "planned": f"{facts['planned']:,}, of which {facts['distinct']:,} differ; {facts['todo']:,} are to be done",
         "model": f"d_model {model.d_model}, {model.n_layers} layers, {start}",
         "text": f"{recipes.texts.task.source}, divided in three; {facts['steps']:,} steps per experiment",
-        "time": f"about {duration_text(facts['estimated_seconds'])} with {workers} workers, from {step_ms:.0f} ms per "
+        "time": f"about {duration(facts['estimated_seconds'])} with {workers} workers, from {step_ms:.0f} ms per "
         "step as timed just now on one thread",
     }
     if settings.trials is not None:

@@ -90,12 +90,3 @@ def step_seconds(model_config: MambaConfig, config: TrainingConfig) -> float:
         return min(times[1:])
     finally:
         torch.set_num_threads(threads)
-
-
-def duration_text(seconds: float) -> str:
-    """Roughly: `40 s`, `5 min`, `3.5 h`, `2.1 days`."""
-    for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min")):
-        if seconds < limit:
-            return f"{max(1, round(seconds / unit))} {name}"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

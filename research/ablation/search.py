@@ -9,8 +9,8 @@ from typing import Any
 
 from research.ablation.grid import Grid, Setting, setting
 from research.ablation.outcome import COMBINATIONS, GRID_KEYS
-from research.ablation.progress import Progress
 from research.ablation.study import Study
+from research.studies.progress import Progress
 from yunmin.errors import MissingExtraError
 
 STORAGE_FILE = "optuna.db"

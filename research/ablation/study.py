@@ -10,11 +10,11 @@ from typing import Any
 
 from research.ablation.grid import Setting, distinct, planned
 from research.ablation.latency import latencies
-from research.ablation.progress import Progress
 from research.ablation.recipes import Recipes
 from research.ablation.trackers import Trackers
 from research.studies.experiments import Experiment, Laboratory
 from research.studies.jobs import Done, Job, laboratory_in
+from research.studies.progress import Progress
 
 Runner = Callable[[Sequence[Job], Laboratory], Generator[Done, None, None]]
 EXPERIMENTS = "experiments"

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     from research.pillars.report import update_section, write_report
     from research.pillars.runner import run_comparison
     from research.pillars.study import Study
+    from research.studies.progress import Progress
 
     base, text = _TEXTS[options.comparison]
     study = Study(
@@ -43,12 +44,12 @@ def main(argv: list[str]) -> int:
         size=options.size,
         seeds=tuple(range(options.seeds)),
         test_tokens=options.test_tokens,
-        report=lambda text: print(text, file=sys.stderr, flush=True),
     )
     given = {"steps": options.steps, "base_steps": options.base_steps}
     study = replace(study, budget=replace(study.budget, **{k: v for k, v in given.items() if v is not None}))
     module = COMPARISONS[options.comparison]
-    found = run_comparison(module, study, options.workers)
+    with Progress() as progress:
+        found = run_comparison(module, replace(study, report=progress.line), options.workers, progress)
     stem = options.comparison if options.size == "2m" else f"{options.comparison}-{options.size}"
     (study.folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = write_report(module, found, study.folder, stem)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 from research.pillars.study import Study
+from research.reports import words
 from research.studies.experiments import Experiment, Laboratory
 from research.studies.jobs import Job
+from research.studies.progress import Progress
 from research.studies.workers import run_in_workers
 from yunmin.errors import TrainingError
 
 
-def run_comparison(module_name: str, study: Study, workers: int) -> dict[str, Any]:
+def run_comparison(module_name: str, study: Study, workers: int, progress: Progress) -> dict[str, Any]:
     """Everything a comparison needs that was not done before.
 
     Args:
         module_name: of `research.pillars`; has `experiments`, `collect`, `KEEPS` and `ADAPTS`.
         study: its settings.
         workers: processes, each of one thread.
+        progress: shows how far it is.
 
     Returns:
         What `collect` found, with the study's `settings`.
@@ -29,11 +33,12 @@ def run_comparison(module_name: str, study: Study, workers: int) -> dict[str, An
     """
     module = importlib.import_module(f"research.pillars.{module_name}")
     bases = study.laboratory(study.base_text)
-    _run([study.base(seed) for seed in study.seeds], bases, workers, study, keep=True)
+    crew = _Crew(workers, progress)
+    crew.run([study.base(seed) for seed in study.seeds], bases, keep=True)
     laboratory = study.laboratory(study.text)
     while True:
         wanted: list[Experiment] = module.experiments(study, laboratory)
-        if not _run(wanted, laboratory, workers, study, keep=module.KEEPS):
+        if not crew.run(wanted, laboratory, keep=module.KEEPS):
             break
     found = module.collect(study, laboratory)
     scored = laboratory.run(wanted[0])["test"]["tokens"]  # there may be fewer than were asked for
@@ -41,19 +46,30 @@ def run_comparison(module_name: str, study: Study, workers: int) -> dict[str, An
     return {"comparison": module_name, "settings": settings, **found}
 
 
-def _run(experiments: list[Experiment], laboratory: Laboratory, workers: int, study: Study, *, keep: bool) -> bool:
-    """Runs those that have no result, or no artifact where it is to be kept; returns whether there were any."""
-    by_key = {
-        laboratory.key(e): e
-        for e in experiments
-        if laboratory.result(e) is None or (keep and not laboratory.artifact(e).is_dir())
-    }
-    jobs = [Job(key, experiment, keep) for key, experiment in by_key.items()]
-    for number, done in enumerate(run_in_workers(jobs, laboratory, min(workers, len(jobs)), 1) if jobs else (), 1):
-        label = done.job.experiment.label
-        if done.error is not None:
-            raise TrainingError(f"{label}: {done.error}; {laboratory.folder / done.job.key} has the log")
-        assert done.result is not None
-        perplexity = done.result["test"]["token_perplexity"]
-        study.report(f"{number} of {len(jobs)}: {label}: test perplexity {perplexity:.3f}")
-    return bool(jobs)
+@dataclass(frozen=True)
+class _Crew:
+    workers: int
+    progress: Progress
+
+    def run(self, experiments: list[Experiment], laboratory: Laboratory, *, keep: bool) -> bool:
+        """Runs those without a result, or without an artifact that is to be kept; returns whether there were any."""
+        by_key = {
+            laboratory.key(e): e
+            for e in experiments
+            if laboratory.result(e) is None or (keep and not laboratory.artifact(e).is_dir())
+        }
+        if not by_key:
+            return False
+        jobs = [Job(key, experiment, keep) for key, experiment in by_key.items()]
+        count = min(self.workers, len(jobs))
+        self.progress.more(len(jobs))
+        self.progress.line(
+            f"{words.count(len(jobs), 'experiment')} to run in {words.count(count, 'process', 'processes')}, from "
+            f"{jobs[0].experiment.label} on; logs in {laboratory.folder}"
+        )
+        for done in run_in_workers(jobs, laboratory, count, 1):
+            if done.error is not None:
+                label, key = done.job.experiment.label, done.job.key
+                raise TrainingError(f"{label}: {done.error}; {laboratory.folder / key} has the log")
+            self.progress.finished(done)
+        return True

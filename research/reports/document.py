@@ -79,7 +79,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 def _markdown(block: Block) -> str:
     match block:
         case Heading(level, text):
-            return f"{'#' * level} {_escaped(text)}"
+            return f"{'#' * level} {_CLOSING.sub(_BACKSLASH, _escaped(text))}"
         case Paragraph(text):
             return _escaped(text)
         case Bullets(items):
@@ -109,6 +109,8 @@ _MARKUP = re.compile(
     r"|&(?=#?\w+;)"
     r"|~(?=~)"
 )
+_CLOSING = re.compile(r"(?<=\s)(?=#+$)")  # of a heading
+_BACKSLASH = r"\\"
 _AT_START = re.compile(r"^(?:[>#+=\[-]|\d+(?=[.)](?:\s|$)))")
 
 

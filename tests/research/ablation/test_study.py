@@ -11,13 +11,13 @@ import pytest
 
 from research.ablation.grid import Grid
 from research.ablation.latency import latencies, shape_of
-from research.ablation.progress import Progress
 from research.ablation.recipes import Recipes
 from research.ablation.search import objectives, search
 from research.ablation.study import Study
 from research.ablation.trackers import Trackers
 from research.studies.experiments import Experiment, Interrupted, Laboratory
 from research.studies.jobs import Done, Job, Queue, run_here
+from research.studies.progress import Progress
 from tests.models import small_config
 from tests.research.ablation.fakes import FAILING, made_up_runs, tiny_recipes
 from tests.research.ablation.studies import made_up

@@ -151,7 +151,8 @@ def test_a_comparison_goes_from_text_to_page_and_repeats_nothing(
     arguments += ["--test-tokens", "512", "--output", str(tmp_path)]
     assert run(main, arguments) == 0
     first = capsys.readouterr()
-    assert "2 of 2: base tiny, seed 1: test perplexity" in first.err
+    assert "2 experiments to run in 2 processes, from base tiny, seed 0 on" in first.err
+    assert "[2/2] base tiny, seed 1: test perplexity" in first.err
     assert "| int4, to nearest | random |" in first.out
     assert run(main, arguments) == 0
     second = capsys.readouterr()

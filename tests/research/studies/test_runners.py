@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from research.ablation.grid import Setting, distinct, planned
-from research.ablation.progress import Progress
 from research.ablation.recipes import Recipes
 from research.ablation.report import write_report
 from research.ablation.study import Runner, Study
 from research.ablation.trackers import Trackers
 from research.studies.experiments import Experiment, Laboratory
 from research.studies.jobs import Done, Job, run_here
+from research.studies.progress import Progress
 from research.studies.ray_runner import moved, pack, run_on_ray, unpack
 from research.studies.workers import run_in_workers
 from tests.research.ablation.fakes import tiny_recipes

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any, Self, TextIO
 
-from research.ablation.estimate import duration_text
+from research.reports.words import duration
 from research.studies.jobs import Done
 from yunmin.errors import MissingExtraError
 
@@ -64,7 +64,7 @@ class Progress:
             text = f"failed: {done.error}"
         else:
             seconds = sum(done.result["seconds"].values())
-            text = f"test perplexity {done.result['test']['token_perplexity']:.3f}, {duration_text(seconds)}"
+            text = f"test perplexity {done.result['test']['token_perplexity']:.3f}, {duration(seconds)}"
         left = self._left()
         self.line(f"[{self._done}/{self._total}] {label}: {text}{f'; {left}' if left and self._bar is None else ''}")
         if self._bar is not None:
@@ -73,4 +73,4 @@ class Progress:
     def _left(self) -> str:
         """How long it will still take, at the pace so far."""
         left = self._total - self._done
-        return f"about {duration_text((time.monotonic() - self._begun) / self._done * left)} left" if left else ""
+        return f"about {duration((time.monotonic() - self._begun) / self._done * left)} left" if left else ""
