@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         arguments.error("--print-config shows a new run's configuration, expected no --resume")
 
     try:
-        from training.config import load_config
+        from training.config_file import load_config
         from training.run import resume, to_yaml, train
         from training.team import is_first_process
     except ModuleNotFoundError as error:
@@ -97,7 +97,8 @@ def _show(result: TrainingResult) -> None:
 
 def _add_keys(arguments: argparse.ArgumentParser) -> None:
     """Puts every key, its default and meaning into the help."""
-    from training.config import TrainingConfig, describe_keys
+    from training.config import TrainingConfig
+    from training.config_file import describe_keys
 
     lines = describe_keys(TrainingConfig)
     arguments.epilog = "\n".join(["configuration keys:", *(f"  {line}" for line in lines), "", arguments.epilog or ""])

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from yunmin.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -106,13 +100,14 @@ class TrainingConfig(BaseModel):
     )
     scan_start: Literal["identity", "random"] = Field("identity", description="the first order")
     scan_update_frequency: Count = Field(1000, description="steps between two orders")
-    scan_objective: Literal["correlation", "quantization", "n:m"] = Field(
-        "correlation",
-        description="neighbours are correlated channels, ones whose weights share an int4 scale well, or ones of which "
-        "an N:M mask keeps most",
+    scan_objective: Literal["auto", "correlation", "quantization", "n:m", "saliency"] = Field(
+        "auto",
+        description="neighbours are correlated channels, ones whose weights share an int4 scale well, ones of which an "
+        "N:M mask keeps most, or ones of like saliency; auto: n:m for N:M masks, saliency for block gates, else "
+        "quantization",
     )
     scan_gradient_weighted: bool = Field(
-        False, description="weigh correlations by gradients; read by scan_objective=correlation alone"
+        False, description="weigh correlations by gradients; for scan_objective=correlation"
     )
 
     # pillar 2: masking
@@ -184,6 +179,16 @@ class TrainingConfig(BaseModel):
     tensorboard: bool = Field(True, description="write events for TensorBoard")
     wandb: bool = Field(False, description="log to Weights & Biases; WANDB_MODE is respected")
 
+    @property
+    def order_objective(self) -> Literal["correlation", "quantization", "n:m", "saliency"]:
+        """What orders are solved for: what lost least to the masks and rounding at hand (docs/pillars.md)."""
+        if self.scan_objective != "auto":
+            return self.scan_objective
+        if self.enable_masking and self.weight_mask == "n:m":
+            return "n:m"
+        has_blocks = self.enable_masking and self.channel_gates == "block" and self.target_sparsity > 0
+        return "saliency" if has_blocks else "quantization"
+
     @field_validator("data", "validation_data", "mask_targets", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -208,6 +213,12 @@ class TrainingConfig(BaseModel):
             raise ValueError(f"mask_n must be below mask_m, got {self.mask_n} of {self.mask_m}")
         if self.masking_tau > self.masking_initial_tau:
             raise ValueError("masking_tau must be at most masking_initial_tau: the temperature only falls")
+        if self.scan_gradient_weighted and self.scan_objective != "correlation":
+            raise ValueError("scan_gradient_weighted weighs correlations: it needs scan_objective=correlation")
+        return self
+
+    @model_validator(mode="after")
+    def _importance_is_measured(self) -> Self:
         has_channel_gates = self.enable_masking and self.target_sparsity > 0
         reads_gates = self.enable_peft and self.allocation == "importance" and self.importance in _GATE_MEASURES
         if reads_gates and not has_channel_gates:
@@ -231,83 +242,3 @@ class TrainingConfig(BaseModel):
                 "enable_peft without enable_masking needs dense_share > 0 to measure importance in, or importance_steps"
             )
         return self
-
-
-def load_config(path: str | Path | None, overrides: tuple[str, ...] | list[str] = ()) -> TrainingConfig:
-    """Reads YAML, then applies `key=value` overrides, whose values are YAML too.
-
-    Raises:
-        ConfigError: a missing or malformed file, an unknown key or an impossible value; names it.
-    """
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if path is not None:
-        values = _read_yaml(Path(path))
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r}: expected key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: {text!r} is no YAML value") from None
-        values[key] = value
-        sources[key] = "command line"
-    return parse_config(values, where="configuration" if path is None else str(path), sources=sources)
-
-
-def describe_keys(model: type[BaseModel]) -> list[str]:
-    """One line for each key: name, default, description, and what it may be where that is a short list."""
-    lines = []
-    for name, field in model.model_fields.items():
-        default = field.get_default()
-        shown = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-        shown = shown.removesuffix("\n").removesuffix("\n...")
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        allowed = f" ({', '.join(choices)})" if choices else ""
-        lines.append(f"{name + '=' + shown:<38} {field.description}{allowed}")
-    return lines
-
-
-def parse_config(
-    values: dict[str, Any], *, where: str = "configuration", sources: Mapping[str, str] | None = None
-) -> TrainingConfig:
-    """Validates a dictionary.
-
-    Args:
-        values: by key.
-        where: they come from, for the error's text.
-        sources: where single keys come from instead.
-
-    Raises:
-        ConfigError: names the first unknown key or impossible value.
-    """
-    try:
-        return TrainingConfig(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        where = (sources or {}).get(key.partition(".")[0], where)
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, TrainingConfig.model_fields, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "; yunmin train --help lists all keys"
-            raise ConfigError(f"{where}: unknown key {key!r}{hint}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        found = f", got {first['input']!r}" if key else ""
-        raise ConfigError(f"{where}: {key + ': ' if key else ''}{message}{found}") from None
-    except TypeError:
-        raise ConfigError(f"{where}: keys must be strings") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: expected a YAML file, found no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: expected YAML, {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
-    return values

@@ -23,7 +23,7 @@ def check_widths(model: MambaConfig, config: TrainingConfig) -> None:
     """Checks that every layer can be cut as configured.
 
     Raises:
-        ConfigError: blocks or multiples do not fit the layers' widths.
+        ConfigError: blocks, multiples or N:M groups do not fit the layers' widths.
     """
     block = gate_block(config)
     if config.channel_multiple % block:
@@ -33,6 +33,21 @@ def check_widths(model: MambaConfig, config: TrainingConfig) -> None:
             kept_channels(width, config.target_sparsity, config.channel_multiple)
         if width % block:
             raise ConfigError(f"gate_block_size: must divide the inner width {width}, got {block}")
+    for target in config.mask_targets if config.weight_mask == "n:m" else ():
+        for columns in _columns(model, config, target):
+            if columns % config.mask_m:
+                raise ConfigError(f"mask_m: {config.mask_m} does not divide the {columns} input channels of {target}")
+
+
+def _columns(model: MambaConfig, config: TrainingConfig, target: str) -> list[int]:
+    """How many inputs a projection has after the cut, per layer; where gates decide, what it is a multiple of."""
+    if target in ("in_proj", "dt_proj"):
+        return [model.d_model if target == "in_proj" else model.dt_rank]
+    if config.target_sparsity == 0:
+        return list(model.d_inner)
+    if not config.uniform_widths:
+        return [config.channel_multiple]
+    return [kept_channels(width, config.target_sparsity, config.channel_multiple) for width in model.d_inner]
 
 
 def choose_channels(model: MambaConfig, config: TrainingConfig, scores: Sequence[Tensor]) -> list[Tensor]:

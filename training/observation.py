@@ -104,7 +104,7 @@ class ScanOrders:
             The layers whose order changed.
         """
         changed: list[int] = []
-        if self._is_closed or self.config.scan_objective != "n:m" or self.config.weight_mask != "n:m":
+        if self._is_closed or self.config.order_objective != "n:m" or self.config.weight_mask != "n:m":
             return changed
         for layer, (scan, gate) in enumerate(zip(self._scans, channels, strict=True)):
             before = scan.get_permutation()
@@ -154,7 +154,12 @@ class ScanOrders:
         def n_of_m(order: Tensor, _mean_squares: Tensor) -> Tensor:
             return self._n_of_m(layer, order)
 
-        return {"quantization": quantization, "n:m": n_of_m}.get(self.config.scan_objective)
+        def saliency(_order: Tensor, mean_squares: Tensor) -> Tensor:
+            (out_proj,) = self._weights(layer, ("out_proj",))
+            return torch.argsort(mean_squares.sqrt() * out_proj.double().norm(dim=0), descending=True, stable=True)
+
+        solvers = {"quantization": quantization, "n:m": n_of_m, "saliency": saliency}
+        return solvers.get(self.config.order_objective)
 
     def _n_of_m(self, layer: int, channels: Tensor) -> Tensor:
         """Some channels in an order in which the masks keep more; the order given is where the search starts."""

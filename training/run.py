@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from training.checkpointing import checkpoints_of, read_progress
-from training.config import ARCHITECTURE_KEYS, RESUMABLE_KEYS, TrainingConfig, load_config
+from training.config import ARCHITECTURE_KEYS, RESUMABLE_KEYS, TrainingConfig
+from training.config_file import load_config
 from training.data import SYNTHETIC
 from training.records import NoRecords, NoScreen, Records, Screen, require_packages, truncate_metrics
 from training.start import continue_from, start_from

@@ -1,8 +1,9 @@
 """Pillar 1: an order of the inner channels that puts like channels side by side.
 
-The cost of a neighbourhood is 1 - |rho|, rho being the correlation of two channels' activations after the
-convolution. The order is a short Hamiltonian path through all channels: nearest neighbour, then 2-opt. It changes no
-function; it decides which channels share a block gate or an N:M group.
+It changes no function; it decides which channels share a block gate, an N:M group or an int4 scale. An objective says
+what alike means. Without one it is correlation: the cost of a neighbourhood is 1 - |rho|, rho being the correlation of
+two channels' activations after the convolution, and the order is a short Hamiltonian path through all channels: nearest
+neighbour, then 2-opt.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class VariableScanOptimizer:
         self._calls = 0
         self._count = 0.0
         self._mean = torch.zeros(self.d_model, dtype=torch.float64)
-        self._comoment = torch.zeros(self.d_model, self.d_model, dtype=torch.float64)
+        shape = (self.d_model, self.d_model) if self.objective is None else (self.d_model,)
+        self._comoment = torch.zeros(shape, dtype=torch.float64)  # only a path through correlations needs all of it
         self._weight = torch.zeros(self.d_model, dtype=torch.float64)
 
     @property
@@ -102,7 +104,8 @@ class VariableScanOptimizer:
 
     def mean_squares(self) -> Tensor:
         """Mean square of each channel over what was accumulated, float64 (D,)."""
-        return self._comoment.diagonal() / max(self._count, 1.0) + self._mean.square()
+        own = self._comoment if self._comoment.dim() == 1 else self._comoment.diagonal()
+        return own / max(self._count, 1.0) + self._mean.square()
 
     def _by_correlation(self) -> Tensor:
         cost = self.cost_matrix()
@@ -165,6 +168,10 @@ class VariableScanOptimizer:
         centered = rows - mean
         shift = mean - self._mean
         total = self._count + count
-        self._comoment += centered.T @ centered + torch.outer(shift, shift) * (self._count * count / total)
+        share = self._count * count / total
+        if self._comoment.dim() == 1:
+            self._comoment += centered.square().sum(0) + shift.square() * share
+        else:
+            self._comoment += centered.T @ centered + torch.outer(shift, shift) * share
         self._mean += shift * (count / total)
         self._count = total

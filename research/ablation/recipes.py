@@ -11,7 +11,8 @@ from research.ablation.settings import Settings
 from research.ablation.sources import Texts
 from research.studies.experiments import Experiment
 from research.studies.measures import Measures
-from training.config import ARCHITECTURE_KEYS, TrainingConfig, parse_config
+from training.config import ARCHITECTURE_KEYS, TrainingConfig
+from training.config_file import parse_config
 from training.data import load_text, read_and_split
 from yunmin.checkpoint import load_checkpoint
 from yunmin.config import MambaConfig

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from research.ablation.grid import Grid
-from training.config import RECORD_KEYS, TrainingConfig, parse_config
+from training.config import RECORD_KEYS, TrainingConfig
+from training.config_file import parse_config
 from yunmin.errors import ConfigError
 from yunmin.files import atomic_file, write_json
 

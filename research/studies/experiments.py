@@ -25,7 +25,8 @@ from export.texts import Text
 from research.studies.layers import layer_facts
 from research.studies.measures import Measures, measure_artifact
 from training.checkpointing import checkpoints_of
-from training.config import RECORD_KEYS, TrainingConfig, parse_config
+from training.config import RECORD_KEYS, TrainingConfig
+from training.config_file import parse_config
 from training.records import METRICS_FILE
 from training.run import CONFIG_FILE, resume, train
 from training.trainer import TrainingResult

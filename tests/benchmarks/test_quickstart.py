@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quickstart import COMPACT, DENSE, comparison, main, next_commands
-from training.config import load_config
+from training.config_file import load_config
 from training.sparsity import kept_channels
 from yunmin.artifact import load_artifact
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from training.config import TrainingConfig, parse_config
+from training.config import TrainingConfig
+from training.config_file import parse_config
 from training.cut import exact_masks
 from training.gating import Gating
 from training.ranking import Ranking
@@ -35,6 +36,7 @@ SMALL: dict[str, Any] = {
     "adapter_share": 0.25,
     "scan_start": "random",
     "scan_update_frequency": 4,
+    "scan_objective": "correlation",
     "scan_gradient_weighted": True,
     "target_state_sparsity": 0.5,
     "channel_gates": "block",

@@ -14,7 +14,8 @@ from tests.models import random_ids, random_model, small_config, trained_tokeniz
 from tests.training.runs import interrupt_after
 from tests.training.test_resume import assert_same_checkpoint
 from training.adapters import Allocation, allocate, inject_adapters, ranks_within
-from training.config import TrainingConfig, parse_config
+from training.config import TrainingConfig
+from training.config_file import parse_config
 from training.optimization import moments_of
 from training.phases import Phase
 from training.run import resume, train

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from tests.models import random_ids, random_model, small_config
 from training.adapters import allocate
 from training.adaptive import AdaptiveModel
-from training.config import TrainingConfig, parse_config
+from training.config import TrainingConfig
+from training.config_file import parse_config
+from training.cut import check_widths
 from training.gating import mixers_of
 from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
@@ -73,8 +75,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"channel_gates": "block", "gate_estimator": "hard_concrete", "weight_mask": "n:m", "scan_objective": "n:m"},
     {"weight_mask": "element", "mask_targets": ("in_proj", "x_proj"), "scan_mode": "static"},
     {"scan_mode": "none", "uniform_widths": False, "scan_start": "random", "lora_targets": ("out_proj", "in_proj")},
-    {"enable_masking": False, "scan_gradient_weighted": True},
+    {"enable_masking": False, "scan_objective": "correlation", "scan_gradient_weighted": True},
     {"scan_objective": "quantization", "channel_gates": "block"},
+    {"scan_objective": "saliency", "channel_gates": "block"},
     {"importance": "probability", "target_state_sparsity": 0.0, "enable_ia3": False},
 ]
 
@@ -214,6 +217,56 @@ def test_tied_importance_is_told() -> None:
 def test_a_measure_of_gates_is_refused_where_there_are_none(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="importance=magnitude is a measure of channel gates, and there are none"):
         small_run(importance="magnitude", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "objective"),
+    [
+        ({}, "quantization"),
+        ({"weight_mask": "n:m"}, "n:m"),
+        ({"weight_mask": "n:m", "enable_masking": False}, "quantization"),
+        ({"channel_gates": "block"}, "saliency"),
+        ({"channel_gates": "block", "weight_mask": "n:m"}, "n:m"),
+        ({"channel_gates": "block", "scan_objective": "correlation"}, "correlation"),
+    ],
+)
+def test_orders_are_solved_for_what_the_masks_need(options: dict[str, Any], objective: str) -> None:
+    assert small_run(**options).order_objective == objective
+
+
+def test_a_saliency_order_sorts_by_what_channels_add_to_the_output() -> None:
+    run = Run(small_run(scan_objective="saliency", scan_mode="static"))
+    seen: dict[int, torch.Tensor] = {}
+    for layer, mixer in enumerate(mixers_of(run.model)):
+        mixer.x_proj.register_forward_pre_hook(lambda _, inputs, layer=layer: seen.update({layer: inputs[0]}))
+    orders = ScanOrders(run.model, run.config, torch.Generator())
+    orders.observe(wanted=True)
+    run.model(run.ids)
+    orders.update()
+    assert orders.solve() == list(range(run.model.config.n_layers))
+    for layer, order in enumerate(orders.orders):
+        out_proj = mixers_of(run.model)[layer].out_proj.weight
+        reach = seen[layer].square().mean((0, 1)).sqrt() * out_proj.norm(dim=0)
+        assert torch.equal(order, torch.argsort(reach, descending=True))
+
+
+def test_gradients_weigh_nothing_but_correlations() -> None:
+    with pytest.raises(ConfigError, match="it needs scan_objective=correlation"):
+        small_run(scan_gradient_weighted=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mask_m": 5}, "mask_m: 5 does not divide the [0-9]+ input channels of in_proj"),
+        ({"mask_m": 5, "mask_targets": "out_proj"}, "input channels of out_proj"),
+        ({"mask_m": 7, "mask_targets": "dt_proj"}, "input channels of dt_proj"),
+        ({"mask_m": 16, "mask_targets": "x_proj", "uniform_widths": False}, "8 input channels of x_proj"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused_before_training(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_widths(small_config(), small_run(weight_mask="n:m", **options))
 
 
 def test_groups_of_masks_form_among_the_channels_that_are_kept() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.models import random_ids, random_model, small_config
 from tests.training.runs import frozen
-from training.config import parse_config
+from training.config_file import parse_config
 from training.gates import LearnedGate, block_of_channel
 from training.gating import Gating
 from training.masks import element_mask, n_of_m_mask

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from tests.training.runs import interrupt_after, small_run
-from training.config import parse_config
+from training.config_file import parse_config
 from training.run import resume, train
 from yunmin.model import RMSNorm
 

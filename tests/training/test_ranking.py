@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.models import random_ids, random_model, random_tensors, small_config
 from tests.training.runs import frozen, interrupt_after, small_run
 from tests.training.test_resume import assert_same_checkpoint
-from training.config import parse_config
+from training.config_file import parse_config
 from training.gating import mixers_of
 from training.ranking import Ranking, channel_squares, state_gains, state_squares
 from training.run import resume, train

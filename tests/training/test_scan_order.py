@@ -129,6 +129,17 @@ def test_gradients_weigh_the_cost_of_the_channels_that_matter() -> None:
     assert np.allclose(ratio[1:], 0.0)
 
 
+def test_mean_squares_are_the_same_with_and_without_correlations() -> None:
+    with_path, plain = VariableScanOptimizer(6), VariableScanOptimizer(6, objective=lambda order, _: order)
+    for seed, length in enumerate((50, 1, 13)):
+        with_path.update_permutation(correlated(6, seed, length=length))
+        plain.update_permutation(correlated(6, seed, length=length))
+    torch.testing.assert_close(plain.mean_squares(), with_path.mean_squares(), rtol=1e-12, atol=0.0)
+    again = VariableScanOptimizer(6, objective=lambda order, _: order)
+    again.load_statistics(plain.statistics())
+    assert torch.equal(again.mean_squares(), plain.mean_squares())
+
+
 def test_saved_statistics_continue_exactly() -> None:
     whole, first = (VariableScanOptimizer(6, update_frequency=4) for _ in range(2))
     for seed in range(3):

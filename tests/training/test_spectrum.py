@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from export.pipeline import export
 from tests.models import random_ids, random_model, small_config, trained_tokenizer, write_model
 from training.adapters import Allocation, inject_adapters, ranks_by_worth
-from training.config import parse_config
+from training.config_file import parse_config
 from training.run import train
 from training.spectrum import Spectrum, SpectrumProbe
 from yunmin.axes import PROJECTIONS

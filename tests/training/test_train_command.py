@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from tests.training.runs import SMALL
 from training.cli import main
-from training.config import RECORD_KEYS, TrainingConfig, load_config, parse_config
+from training.config import RECORD_KEYS, TrainingConfig
+from training.config_file import load_config, parse_config
 from training.run import to_yaml
 from yunmin.cli import run as run_command
 from yunmin.errors import ConfigError

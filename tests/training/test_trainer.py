@@ -16,7 +16,7 @@ import yunmin
 from tests.models import TEXT, random_ids, small_config, trained_tokenizer, write_adapters, write_model
 from tests.training.runs import small_run
 from training.checkpointing import checkpoints_of
-from training.config import load_config
+from training.config_file import load_config
 from training.phases import plan_phases
 from training.run import resolved, train
 from training.schedule import rate_factor, rate_factor_in_run
