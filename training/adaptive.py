@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,26 +11,22 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from training.adapters import Adapters, Allocation, adapter_tensors, allocate, inject_adapters
+from training.adapters import Adapters, adapter_tensors
+from training.allotment import Allotment
 from training.config import TrainingConfig
 from training.cut import exact_masks
-from training.gating import Gating, mixers_of, set_fixed_masks
+from training.gating import Gating, set_fixed_masks
 from training.gradients import GradientWatch
-from training.importance import ImportanceProbe
 from training.observation import ScanOrders
 from training.parts import Place
 from training.phases import Phase
 from training.ranking import Ranking
 from training.sparsity import masking_statistics
-from training.spectrum import Spectrum, SpectrumProbe
 from training.team import ALONE, Team
-from yunmin.axes import PROJECTIONS, layer_prefix
-from yunmin.errors import TrainingError
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, adapter_folders
 from yunmin.trained import inject_adapter, set_fixed_gates
 
-_PROBED_FROM = 0.8  # importance is measured in the last fifth of its phase
 _NO_DECAY = ("A_log", ".D", "bias", "norm.weight", "norm_f.weight")
 
 
@@ -58,15 +53,7 @@ class AdaptiveModel:
         self._gating: Gating | Ranking | None = None
         self._fixed = Pillars.identity(model.config)  # gates and masks in force outside the gate phase
         self._adapters: dict[str, PeftConfig] = {}
-        self._probe = ImportanceProbe(
-            {
-                f"{layer_prefix(layer)}mixer.{name}": getattr(mixer, name)
-                for layer, mixer in enumerate(mixers_of(model))
-                for name in PROJECTIONS
-            },
-            team,
-        )
-        self._spectra: dict[str, Spectrum] = {}
+        self._allotment = Allotment(model, config, team)
         self._scans = ScanOrders(model, config, generator, team)
         self._scans.observe(wanted=True)
         self._watch = GradientWatch(model, self.phase, team)
@@ -89,7 +76,7 @@ class AdaptiveModel:
         match phase:
             case Phase.GATES:
                 self._gating = self._new_gating()
-                self._rebuild_probe()
+                self._allotment.follow()
             case Phase.RECOVER | Phase.ADAPTERS:
                 lines += self._fix_gates()
                 lines += self._add_adapters(batches) if phase is Phase.ADAPTERS else []
@@ -116,13 +103,12 @@ class AdaptiveModel:
         if phase is Phase.GATES:
             self._gating = self._new_gating()
             self._gating.load_tensors(saved)
-            self._rebuild_probe()
+            self._allotment.follow()
         else:
             self._fixed = pillars
             set_fixed_gates(self.model, pillars)
             set_fixed_masks(self.model, pillars.weight_masks)
-        self._probe.scores = saved["importance.scores"].clone()
-        self._probe.steps = int(saved["importance.steps"])
+        self._allotment.load_tensors(saved)
         if phase is Phase.ADAPTERS:
             for name, folder in adapter_folders(checkpoint_folder).items():
                 self._adapters[name] = inject_adapter(self.model, name, folder, is_trainable=True)
@@ -153,13 +139,7 @@ class AdaptiveModel:
         """Prepares a step at a point of the phase, 0 to 1: samples gates, and measures importance near its end."""
         if self._gating is not None:
             self._gating.sample(progress, self._generator)
-        probed_phase = Phase.GATES if self.config.enable_masking else Phase.DENSE
-        config = self.config
-        is_read = config.enable_peft and config.allocation == "importance" and config.importance_steps is None
-        if is_read and self.phase is probed_phase and progress >= _PROBED_FROM:
-            self._probe.attach()
-        else:
-            self._probe.detach()
+        self._allotment.before_step(self.phase, progress)
 
     def show(self, place: Place) -> None:
         """Says which sequences of the batch the next forward pass has."""
@@ -179,7 +159,7 @@ class AdaptiveModel:
         Raises:
             TrainingError: a trainable parameter has no gradient, or a zero one for ten steps; names it.
         """
-        self._probe.collect()
+        self._allotment.probe.collect()
         self._watch.check()
 
     def after_step(self) -> list[str]:
@@ -225,7 +205,7 @@ class AdaptiveModel:
 
     def pillars(self) -> Pillars:
         """Everything a checkpoint keeps of the pillars."""
-        training = {"importance.scores": self._probe.scores, "importance.steps": torch.tensor(self._probe.steps)}
+        training = self._allotment.tensors()
         channels, states, masks = self._fixed.channel_gates, self._fixed.state_gates, self._fixed.weight_masks
         if self._gating is not None:
             channels, states, masks = self._gating.current()
@@ -283,66 +263,16 @@ class AdaptiveModel:
         inner, n = ([int((gate > 0).sum()) for gate in gates] for gates in (channels, states))
         return [*lines, f"gates fixed: {inner} of {list(of.d_inner)} inner channels, {n} of {list(of.d_state)} states"]
 
-    def _rebuild_probe(self) -> None:
-        """Follows projections that masks have wrapped; keeps what was measured."""
-        scores, steps = self._probe.scores, self._probe.steps
-        self._probe.detach()
-        projections = {name: self.model.get_submodule(name) for name in self._probe.projections}
-        self._probe = ImportanceProbe(projections, self.team)
-        self._probe.scores, self._probe.steps = scores, steps
-
     def _add_adapters(self, batches: Iterable[Iterable[Tensor]]) -> list[str]:
-        self._probe.detach()
         self._train_only_adapters()
-        lines = self._measure_importance(batches)
-        scores = self._importance()
-        masked = {name.removesuffix(".weight") for name in self._fixed.weight_masks}
-        allocation = allocate(scores, self.config, masked)
-        self._adapters = inject_adapters(self.model, allocation, self.config, self._generator, self._spectra)
+        is_first = self.config.dense_share == 0 and not self.config.enable_masking  # orders, too, are learned here
+        self._scans.observe(wanted=is_first)
+        self._allotment.measure(batches, self._scans.update)
+        lines = self._order_changed(self._scans.solve()) if is_first else []
+        self._adapters, described = self._allotment.adapt(self._fixed, self._generator)
         self.model.to(self.model.device)
         self._train_only_adapters()
-        return lines + _describe(allocation, scores, self.config)
-
-    def _measure_importance(self, batches: Iterable[Iterable[Tensor]]) -> list[str]:
-        """Measures with all weights frozen, as they are; scan orders, too, where no phase went before."""
-        is_first = self.config.dense_share == 0 and not self.config.enable_masking
-        self._scans.observe(wanted=is_first)
-        self._rebuild_probe()
-        self._probe.attach()
-        config = self.config
-        wants_spectra = config.importance == "spectrum" or config.lora_init == "gradient"
-        spectrum = SpectrumProbe(self._probe.projections, self.team) if wants_spectra else None
-        if spectrum is not None:
-            spectrum.attach()
-        for losses in batches:
-            for loss in losses:
-                (loss * self.team.size).backward()
-            self._probe.collect()
-            self._scans.update()
-        self._probe.detach()
-        if spectrum is not None:
-            spectrum.detach()
-            self._spectra = self.team.from_first(spectrum.spectra())  # ranks must be the same on all processors
-        return self._order_changed(self._scans.solve()) if is_first else []
-
-    def _importance(self) -> dict[str, float]:
-        """Score of each projection by the configured measure, or what stands in for it."""
-        names = list(self._probe.projections)
-        if self.config.allocation == "uniform":
-            return dict.fromkeys(names, 0.0)
-        if self.config.allocation == "random":
-            return dict(zip(names, torch.rand(len(names), generator=self._generator).tolist(), strict=True))
-        if self.config.importance == "spectrum":
-            return {name: float(self._spectra[name].worth[0]) for name in names}
-        if self.config.importance == "gradient":
-            if self._probe.steps == 0:
-                raise TrainingError("importance was never measured: the phase before the adapters is too short")
-            return self._probe.means()
-        by_layer = [self._fixed.training[f"logits.channel.{layer}"] for layer in range(self.model.config.n_layers)]
-        measured = [
-            float((torch.sigmoid(t) if self.config.importance == "probability" else t.abs()).mean()) for t in by_layer
-        ]
-        return {name: measured[int(name.split(".")[2])] for name in self._probe.projections}
+        return lines + described
 
     def _train_only_adapters(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -358,23 +288,3 @@ def _group(name: str, parameters: dict[str, nn.Parameter], rate: float, decay: f
         "weight_decay": decay,
         "scheduled": True,
     }
-
-
-def _describe(allocation: Allocation, scores: dict[str, float], config: TrainingConfig) -> list[str]:
-    counts = f"LoRA on {len(allocation.lora)}, IA3 on {len(allocation.ia3)}, frozen {len(allocation.frozen)}"
-    measure = f" ({config.importance})" if config.allocation == "importance" else ""
-    lines = [f"adapters, allocation {config.allocation}{measure}: {counts} of {len(scores)} projections"]
-    ranked = [*allocation.lora, *allocation.ia3, *allocation.frozen]
-    lines += [f"  {kind:<6} {', '.join(_short(n) for n in getattr(allocation, kind))}" for kind in ("lora", "ia3")]
-    values = sorted(scores[name] for name in ranked)
-    ties = sum(a == b for a, b in itertools.pairwise(values))
-    if ties and config.allocation == "importance":
-        lines.append(f"  {ties} scores tie and were ranked by name: with equal widths this measure sees layers only")
-    if any(name.endswith("dt_proj") for name in (*allocation.lora, *allocation.ia3)):
-        lines.append("  transformers reads dt_proj.weight past its adapter: merge there, or export from here")
-    return lines
-
-
-def _short(name: str) -> str:
-    layer, projection = name.split(".")[2], name.rpartition(".")[2]
-    return f"{layer}.{projection}"

@@ -169,7 +169,7 @@ def test_measuring_with_frozen_weights_gives_the_gradients_of_training() -> None
     dense.adaptive.before_step(1.0)
     loss(dense).backward()
     dense.adaptive.after_backward()
-    assert torch.allclose(frozen.adaptive._probe.scores / 3, dense.adaptive._probe.scores)
+    assert torch.allclose(frozen.adaptive._allotment.probe.scores / 3, dense.adaptive._allotment.probe.scores)
     optimizer = torch.optim.AdamW(frozen.adaptive.parameter_groups())
     assert moments_of(optimizer) == {}
 

@@ -347,7 +347,7 @@ def test_adapters_load_onto_transformers_with_the_same_logits(tmp_path: Path) ->
     transformers = pytest.importorskip("transformers")
     run = Run(small_run(enable_masking=False, lora_targets=("in_proj",), lora_share=0.25, ia3_share=0.5))
     run.phase(Phase.DENSE)
-    run.adaptive._probe.scores = torch.tensor([9.0, 5.0, 1.0, 6.0] * 2, dtype=torch.float64)  # dt_proj last
+    run.adaptive._allotment.probe.scores = torch.tensor([9.0, 5.0, 1.0, 6.0] * 2, dtype=torch.float64)  # dt_proj last
     run.phase(Phase.ADAPTERS)
     run.write(tmp_path)
     folders = adapter_folders(tmp_path)
