@@ -212,7 +212,7 @@ def _flattened(values: Mapping[str, Any]) -> list[tuple[str, float]]:
     return flat
 
 
-def described(statistics: dict[str, Any]) -> str:
+def described(statistics: Mapping[str, Any]) -> str:
     """Statistics in one line: numbers as they are, lists by layer."""
 
     def shown(value: float | list[float]) -> str:

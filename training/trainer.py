@@ -22,7 +22,8 @@ from training.optimization import clip_gradients, moments_of, named_parameters, 
 from training.parallel import Parallel, whole, without_gradients
 from training.parts import Part, parts_of, tokens_of
 from training.phases import Phase, PhaseSpan, plan_phases
-from training.records import Records, Screen, described, duration, peak_memory_bytes
+from training.records import Records, Screen, peak_memory_bytes
+from training.reporting import HARD_GATES, Reporter
 from training.schedule import rate_factor_in_run
 from training.start import Start, mixer_of
 from training.stopping import StopRequest
@@ -32,8 +33,6 @@ from yunmin.model import MambaLM
 from yunmin.perplexity import perplexity
 from yunmin.pillars import load_pillars
 from yunmin.threads import get_threads
-
-HARD_GATES = "hard_gates"  # the validation right after the gates were made exact, before anything recovers
 
 
 @dataclass(frozen=True)
@@ -138,13 +137,14 @@ class Trainer:
                 torch.set_rng_state(self._rng_state)
                 self._announce_resumption(screen, self._resumed_from)
             self._clock = Clock()
+            reporter = Reporter(records, screen, self.total_steps, self._clock)
             while self.step < self.total_steps and not self._stop.is_agreed:
                 span = next(span for span in self.spans if span.start <= self.step < span.stop)
                 if span != self._entered:
-                    self._enter(span, records, screen)
-                self._one_step(span, records, screen)
+                    self._enter(span, reporter)
+                self._one_step(span, reporter)
         if self._checkpoint is None or self._checkpoint.name != f"checkpoint-{self.step}":
-            self._save(records, screen)
+            self._save(reporter)
         assert self._checkpoint is not None
         return TrainingResult(
             self.run_folder,
@@ -157,7 +157,7 @@ class Trainer:
             self.adaptive.trainable_parameters()[1],
         )
 
-    def _enter(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
+    def _enter(self, span: PhaseSpan, reporter: Reporter) -> None:
         before = self.adaptive.phase if self._entered is not None else None
         moments = {} if span.phase is Phase.ADAPTERS else moments_of(self._optimizer)  # adapters start afresh
         self._optimizer = self._parallel = None
@@ -172,16 +172,9 @@ class Trainer:
         self._trainable[span.phase] = trainable
         peak = peak_memory_bytes(self.device)
         self._clock.skip()
-        screen.line(
-            f"phase {span.phase}: steps {span.start + 1} to {span.stop}, trains {trainable:,} of {everything:,} "
-            f"parameters ({trainable / everything:.2%}), peak memory {peak / 2**20:,.0f} MiB"
-        )
-        for line in lines:
-            screen.line(f"  {line}")
-        values = {"trainable_parameters": trainable, "parameters": everything, "peak_memory_bytes": peak}
-        records.write(self.step, "phase", span.phase, {**values, "notes": lines})
+        reporter.phase(span, self.step, trainable, everything, peak, lines)
         if before is Phase.GATES:
-            self._validate(HARD_GATES, records, screen)
+            self._validate(HARD_GATES, reporter)
 
     def _importance_losses(self) -> Iterator[Iterator[Tensor]]:
         """Losses of the adapter phase's first batches, part by part, with gates as they are then."""
@@ -213,7 +206,7 @@ class Trainer:
         self._parallel = Parallel(self.adaptive.model, self.team)
         self._optimizer = new_optimizer(self.adaptive.parameter_groups(), moments, self.adaptive.phase, self.device)
 
-    def _one_step(self, span: PhaseSpan, records: Records, screen: Screen) -> None:
+    def _one_step(self, span: PhaseSpan, reporter: Reporter) -> None:
         factor = rate_factor_in_run(self.step, self.spans, self.config)
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
@@ -223,26 +216,24 @@ class Trainer:
         self.step += 1
         self.tokens += tokens
         self._clock.tick(tokens)
-        for line in lines:
-            screen.line(f"  step {self.step}: {line}")
-        screen.advance(self.step, span.phase, loss.total, self._clock.tokens_per_second)
+        reporter.lines(lines, self.step)
+        reporter.advanced(self.step, span.phase, loss)
         is_last = self.step == span.stop
         if self.step % self.config.log_interval == 0 or is_last:
-            self._log(span, loss, norm, records, screen)
+            self._log(span, loss, norm, reporter)
         if is_last:
-            self._validate(span.phase, records, screen)
+            self._validate(span.phase, reporter)
             if span.phase is Phase.GATES and span is self.spans[-1]:
                 if self.team.is_sharded:
                     self._reassemble()
-                for line in self.adaptive.finish():
-                    screen.line(f"  {line}")
-                self._validate(HARD_GATES, records, screen)
+                reporter.lines(self.adaptive.finish())
+                self._validate(HARD_GATES, reporter)
         elif self.config.validation_interval and self.step % self.config.validation_interval == 0:
-            self._validate(None, records, screen)
+            self._validate(None, reporter)
         interval = self.config.checkpoint_interval
         stops = self._stop.agree()
         if is_last or stops or (interval and self.step % interval == 0):
-            self._save(records, screen)
+            self._save(reporter)
 
     def _learn(self, span: PhaseSpan) -> tuple[Loss, float, int]:
         """Forward, backward and the optimizer's step over one batch: its loss, the gradients' norm, its tokens."""
@@ -270,39 +261,18 @@ class Trainer:
 
     # --- beside the steps -----------------------------------------------------------------------------------------
 
-    def _log(self, span: PhaseSpan, loss: Loss, norm: float, records: Records, screen: Screen) -> None:
+    def _log(self, span: PhaseSpan, loss: Loss, norm: float, reporter: Reporter) -> None:
         assert self._optimizer is not None
-        rate = self._optimizer.param_groups[0]["lr"]
-        speed = self._clock.tokens_per_second
         epoch, _ = self.order.position(self.step)
-        statistics = self.adaptive.statistics()
-        records.write(
-            self.step,
-            "train",
-            span.phase,
-            {
-                "epoch": epoch,
-                "tokens": self.tokens,
-                "loss": loss.total,
-                "cross_entropy": loss.cross_entropy,
-                "regularization": loss.regularization,
-                "distillation": loss.distillation,
-                "learning_rate": rate,
-                "gradient_norm": norm,
-                "tokens_per_second": speed,
-                **statistics,
-            },
-        )
-        left = duration((self.total_steps - self.step) * self._clock.seconds_per_step)
-        distilled = f" + distil {loss.distillation:.4f}" if loss.distillation else ""
-        screen.line(
-            f"step {self.step}/{self.total_steps} {span.phase}: loss {loss.total:.4f} = ce {loss.cross_entropy:.4f} "
-            f"+ reg {loss.regularization:.4f}{distilled}, lr {rate:.2e}, {speed:,.0f} tokens/s, {left} left"
-        )
-        if span.phase is Phase.GATES:
-            screen.line(f"  masking: {described(statistics)}")
+        values = {
+            "epoch": epoch,
+            "tokens": self.tokens,
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+        }
+        reporter.step(self.step, span.phase, loss, values, self.adaptive.statistics())
 
-    def _validate(self, name: str | None, records: Records, screen: Screen) -> None:
+    def _validate(self, name: str | None, reporter: Reporter) -> None:
         """Held-out perplexity; kept under `name` where given."""
         window = self.config.sequence_length
         with self.adaptive.evaluation():
@@ -317,21 +287,9 @@ class Trainer:
         self._clock.skip()
         if name is not None:
             self.validations[name] = result.token_perplexity
-        values = {
-            "perplexity": result.token_perplexity,
-            "mean_nll": result.mean_nll,
-            "scored_tokens": result.tokens,
-            "window": window,
-            "at": name or "interval",
-        }
-        records.write(self.step, "validation", self.adaptive.phase, values)
-        note = " (gates exact, before recovery)" if name == HARD_GATES else ""
-        screen.line(
-            f"step {self.step}: validation perplexity {result.token_perplexity:.3f}{note} "
-            f"over {result.tokens:,} held-out tokens, window {window}"
-        )
+        reporter.validation(name, self.step, self.adaptive.phase, result, window)
 
-    def _save(self, records: Records, screen: Screen) -> None:
+    def _save(self, reporter: Reporter) -> None:
         assert self._optimizer is not None
         epoch, batch = self.order.position(self.step)
         progress = Progress(
@@ -340,18 +298,18 @@ class Trainer:
             epoch,
             batch,
             self.tokens,
-            records.lines,
+            reporter.records.lines,
             dict(self.validations),
             self.data_sha256,
             self._threads,
-            records.wandb_id,
+            reporter.records.wandb_id,
         )
         self._checkpoint = save_checkpoint(
             self.run_folder, progress, self.adaptive, self._optimizer, self.generator, self.start.tokenizer_files
         )
         if self.team.is_first:
             prune_checkpoints(self.run_folder, self.config.keep_checkpoints)
-        screen.line(f"step {self.step}: wrote {self._checkpoint}")
+        reporter.screen.line(f"step {self.step}: wrote {self._checkpoint}")
         self._clock.skip()
 
     def _not_finite(self, what: str, value: float, rows: Tensor) -> TrainingError:
