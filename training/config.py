@@ -10,7 +10,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 ARCHITECTURE_KEYS = ("d_model", "n_layers", "vocab_size", "expand", "d_state", "d_conv")  # a checkpoint decides them
-# the literature's: Galim et al. 2024 (arXiv 2410.09016) divide a Mamba into linear projections and the S6 module
+# the literature's: Galim et al. 2024 (arXiv 2410.09016) divide a Mamba into linear projections and the S6 module; LoRA
+# on parts of a projection (LoRAp, Yoshimura et al. 2025) is left out, since cuts remove rows and columns anyway
 PROJECTION_GROUPS = {
     "linear": ("in_proj", "out_proj"),
     "s6": ("x_proj", "dt_proj"),

@@ -19,7 +19,7 @@ from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 from research.reports import words
-from research.reports.document import Block, Paragraph, Table
+from research.reports.document import Block, Bullets, Paragraph, Table
 from research.studies.experiments import Experiment, Laboratory
 
 TITLE = "Hybrid adapters"
@@ -94,9 +94,8 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     share = 1 - found["trainable"][hybrid] / found["trainable"][FULL]
     clauses = [said(line, way, REFERENCE) for way, line in by_way.items() if way not in (REFERENCE, FULL)]
     return [
-        Paragraph(
-            f"{'; '.join(clauses)}. The first trains {words.percent(share)} fewer numbers than full fine-tuning."
-        ),
+        Bullets([f"{clause}." for clause in clauses]),
+        Paragraph(f"The first trains {words.percent(share)} fewer numbers than full fine-tuning."),
         Table(
             ("way", "trained", "learning rate", *TABLE_HEADER),
             rows,

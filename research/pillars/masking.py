@@ -13,7 +13,7 @@ import numpy as np
 
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, table_row
-from research.reports.document import Block, Paragraph, Table
+from research.reports.document import Block, Bullets, Paragraph, Table
 from research.studies.experiments import Experiment, Laboratory
 
 TITLE = "Learned masking"
@@ -90,7 +90,8 @@ def blocks(found: dict[str, Any]) -> list[Block]:
         for line, first in zip(after[cut], before[cut], strict=True)
     ]
     return [
-        Paragraph("After recovery: " + "; ".join(sentences) + "."),
+        Paragraph("After recovery:"),
+        Bullets([f"{sentence}." for sentence in sentences]),
         Table(
             ("cut", "chosen", "before recovery", *TABLE_HEADER),
             rows,

@@ -15,7 +15,7 @@ from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 from research.reports import words
-from research.reports.document import Block, Paragraph, Table
+from research.reports.document import Block, Bullets, Table
 from research.studies.experiments import Experiment, Laboratory
 from research.studies.measures import latency, quality
 from yunmin.artifact import load_artifact
@@ -98,7 +98,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
                 clause = said(line, line.name, "dense fine-tuning")
                 sentences.append(f"{precision}: {clause}, with {_ratios(found, precision, line.name)}")
     return [
-        Paragraph(". ".join(sentences) + "."),
+        Bullets([f"{sentence}." for sentence in sentences]),
         Table(
             ("stored as", "way", *TABLE_HEADER, "MiB", "state, KiB", "decode, ms", "prefill, ms"),
             rows,

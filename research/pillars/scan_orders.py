@@ -24,7 +24,7 @@ from export.statistics import input_statistics
 from export.texts import CALIBRATION_TOKENS, Text
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, table_row
-from research.reports.document import Block, Paragraph, Table
+from research.reports.document import Block, Bullets, Table
 from research.studies.experiments import Experiment, Laboratory
 from research.studies.measures import quality
 from training.masks import n_of_m_mask
@@ -118,7 +118,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
         for order, values in found["retained"].items()
     ]
     return [
-        Paragraph(". ".join(sentences) + "."),
+        Bullets([f"{sentence}." for sentence in sentences]),
         Table(
             ("effect", "order", *TABLE_HEADER),
             rows,

@@ -19,6 +19,7 @@ from research.pillars.report import page, update_section
 from research.pillars.scan_orders import EFFECTS, ORDERS, kept_in_blocks
 from research.pillars.study import Study
 from research.pillars.summary import compared, said
+from research.reports.document import to_markdown
 from research.studies.jobs import run_here
 from yunmin.cli import run
 from yunmin.errors import DataError
@@ -69,8 +70,8 @@ CLAIMS = {
 
 @pytest.mark.parametrize("name", COMPARISONS.values())
 def test_a_page_says_in_words_what_its_numbers_say(name: str) -> None:
-    text = "\n".join(getattr(block, "text", "") for block in page(name, _found(name), "plot.png"))
-    assert CLAIMS[name] in text.replace("−", "-"), text
+    text = to_markdown(page(name, _found(name), "plot.png"))
+    assert CLAIMS[name] in text.replace("−", "-").replace("\\", ""), text
 
 
 @pytest.mark.parametrize("name", COMPARISONS.values())
