@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training.adapters import Adapters, adapter_tensors
 from training.allotment import Allotment
 from training.config import TrainingConfig
-from training.cut import exact_masks
+from training.cut import check_widths, exact_masks
 from training.gating import Gating, set_fixed_masks
 from training.gradients import GradientWatch
 from training.observation import ScanOrders
@@ -42,9 +42,14 @@ class AdaptiveModel:
         config: of the run.
         generator: source of all randomness of the pillars; the same on all processes.
         team: that trains together.
+
+    Raises:
+        ConfigError: blocks, multiples or N:M groups do not fit the layers' widths.
     """
 
     def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
+        if config.enable_masking:
+            check_widths(model.config, config)
         self.model = model
         self.team = team
         self.config = config
@@ -235,7 +240,7 @@ class AdaptiveModel:
         return [f"scan order updated in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"]
 
     def _solve_order(self) -> list[str]:
-        if self._gating is not None and self._gating.block > 1:
+        if isinstance(self._gating, Gating) and self._gating.block > 1 and self._gating.channel_gates:
             return []  # blocks that were learned must not change their members at the last moment
         return self._order_changed(self._scans.solve())
 

@@ -185,7 +185,8 @@ class TrainingConfig(BaseModel):
         """What orders are solved for: what lost least to the masks and rounding at hand (docs/pillars.md)."""
         if self.scan_objective != "auto":
             return self.scan_objective
-        if self.enable_masking and self.weight_mask == "n:m":
+        has_groups = self.enable_masking and self.weight_mask == "n:m"
+        if has_groups and not {"x_proj", "out_proj"}.isdisjoint(self.mask_targets):  # inner channels are their inputs
             return "n:m"
         has_blocks = self.enable_masking and self.channel_gates == "block" and self.target_sparsity > 0
         return "saliency" if has_blocks else "quantization"

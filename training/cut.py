@@ -40,14 +40,15 @@ def check_widths(model: MambaConfig, config: TrainingConfig) -> None:
 
 
 def _columns(model: MambaConfig, config: TrainingConfig, target: str) -> list[int]:
-    """How many inputs a projection has after the cut, per layer; where gates decide, what it is a multiple of."""
+    """How many inputs a projection may have, before the cut and after it; where gates decide, what that divides."""
     if target in ("in_proj", "dt_proj"):
         return [model.d_model if target == "in_proj" else model.dt_rank]
+    widths = list(model.d_inner)
     if config.target_sparsity == 0:
-        return list(model.d_inner)
+        return widths
     if not config.uniform_widths:
-        return [config.channel_multiple]
-    return [kept_channels(width, config.target_sparsity, config.channel_multiple) for width in model.d_inner]
+        return [*widths, config.channel_multiple]
+    return widths + [kept_channels(width, config.target_sparsity, config.channel_multiple) for width in model.d_inner]
 
 
 def choose_channels(model: MambaConfig, config: TrainingConfig, scores: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import TrainingConfig
-from training.cut import check_widths, choose_channels, choose_states, gate_block
+from training.cut import choose_channels, choose_states, gate_block
 from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel
 from training.masks import initial_mask_logits
 from training.sparsity import SparsityTarget, layer_costs, masking_statistics
@@ -21,21 +21,18 @@ from yunmin.model import MambaLM
 class Gating:
     """Learned gates on inner channels (or blocks of them), states and weights, as configured.
 
-    Building one puts the gates into the model; `remove` takes them out again.
+    Building one puts the gates into the model.
 
     Args:
         model: built with `GatedMixer`.
         config: what is gated, and its targets.
         scan_order: per layer, int64 (D,); neighbours in it form blocks and N:M groups.
 
-    Raises:
-        ConfigError: blocks or multiples do not fit the layers' widths.
     """
 
     def __init__(self, model: MambaLM, config: TrainingConfig, scan_order: Sequence[Tensor]) -> None:
         self.model = model
         self.config = config
-        check_widths(model.config, config)
         self.block = gate_block(config)
         self.targets = {
             "channels": SparsityTarget(config.target_sparsity, config.multiplier_learning_rate),

@@ -40,6 +40,7 @@ class ScanOrders:
         self._place: Place | None = None
         self._seen: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
+        is_by_path = config.order_objective == "correlation"
         self._scans = [
             VariableScanOptimizer(
                 inner,
@@ -47,7 +48,7 @@ class ScanOrders:
                 start=config.scan_start,
                 mode="static" if config.scan_mode == "static" else "dynamic",
                 generator=generator,
-                objective=self._objective(layer),
+                objective=None if is_by_path else functools.partial(self._ordered, layer),
             )
             for layer, inner in enumerate(model.config.d_inner)
         ]
@@ -95,7 +96,7 @@ class ScanOrders:
         return [layer for layer, scan in enumerate(self._scans) if self._changed(layer, scan.solve)]
 
     def solve_among(self, channels: Sequence[Tensor]) -> list[int]:
-        """Orders the channels that a cut keeps once more where N:M groups form among them; the others go last.
+        """Orders the channels that a cut keeps once more where groups form among them; the others go last.
 
         Args:
             channels: final gates (D,), per layer.
@@ -104,13 +105,15 @@ class ScanOrders:
             The layers whose order changed.
         """
         changed: list[int] = []
-        if self._is_closed or self.config.order_objective != "n:m" or self.config.weight_mask != "n:m":
+        objective = self.config.order_objective
+        has_groups = objective == "quantization" or (objective == "n:m" and self.config.weight_mask == "n:m")
+        if self._is_closed or not has_groups:
             return changed
         for layer, (scan, gate) in enumerate(zip(self._scans, channels, strict=True)):
-            before = scan.get_permutation()
+            before, mean_squares = scan.get_permutation(), scan.latest_mean_squares()
             kept, cut = before[gate[before] > 0], before[gate[before] == 0]
             if cut.numel():
-                order = torch.cat([self._n_of_m(layer, kept), cut])
+                order = torch.cat([self._ordered(layer, kept, mean_squares), cut])
                 scan.adopt(order if self._team.size == 1 else self._team.from_first(order))
                 changed += [] if torch.equal(scan.get_permutation(), before) else [layer]
         return changed
@@ -125,7 +128,7 @@ class ScanOrders:
             f"scan.{layer}.{name}": tensor
             for layer, scan in enumerate(self._scans)
             for name, tensor in scan.statistics().items()
-            if self.are_open or name in ("order", "counters")
+            if self.are_open or name in ("order", "counters", "solved_for")
         }
 
     def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
@@ -144,28 +147,24 @@ class ScanOrders:
         scan.adopt(self._team.from_first(scan.get_permutation()))
         return not torch.equal(scan.get_permutation(), before)
 
-    def _objective(self, layer: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Orders a layer's channels for the weights it has when the order is solved; None for correlations."""
+    def _ordered(self, layer: int, channels: Tensor, mean_squares: Tensor) -> Tensor:
+        """Some of a layer's channels in a better order for the weights it has; the one given is where searches start.
 
-        def quantization(order: Tensor, mean_squares: Tensor) -> Tensor:
-            x_proj, out_proj = self._weights(layer, ("x_proj", "out_proj"))
-            return quantization_order([Grouped(x_proj, mean_squares.float()), Grouped(out_proj)], order)
-
-        def n_of_m(order: Tensor, _mean_squares: Tensor) -> Tensor:
-            return self._n_of_m(layer, order)
-
-        def saliency(_order: Tensor, mean_squares: Tensor) -> Tensor:
-            (out_proj,) = self._weights(layer, ("out_proj",))
-            return torch.argsort(mean_squares.sqrt() * out_proj.double().norm(dim=0), descending=True, stable=True)
-
-        solvers = {"quantization": quantization, "n:m": n_of_m, "saliency": saliency}
-        return solvers.get(self.config.order_objective)
-
-    def _n_of_m(self, layer: int, channels: Tensor) -> Tensor:
-        """Some channels in an order in which the masks keep more; the order given is where the search starts."""
-        masked = [name for name in ("x_proj", "out_proj") if name in self.config.mask_targets] or ["out_proj"]
-        weights = [weight[:, channels] for weight in self._weights(layer, masked)]
-        return channels[n_of_m_order(weights, self.config.mask_n, self.config.mask_m)]
+        Args:
+            layer: whose channels they are.
+            channels: int64.
+            mean_squares: of all channels (D,).
+        """
+        if self.config.order_objective == "n:m":
+            masked = [name for name in ("x_proj", "out_proj") if name in self.config.mask_targets] or ["out_proj"]
+            weights = [weight[:, channels] for weight in self._weights(layer, masked)]
+            return channels[n_of_m_order(weights, self.config.mask_n, self.config.mask_m)]
+        x_proj, out_proj = (weight[:, channels] for weight in self._weights(layer, ("x_proj", "out_proj")))
+        own = mean_squares[channels]
+        if self.config.order_objective == "saliency":
+            saliency = own.sqrt() * out_proj.double().norm(dim=0)
+            return channels[torch.argsort(saliency, descending=True, stable=True)]
+        return channels[quantization_order([Grouped(x_proj, own.float()), Grouped(out_proj)])]
 
     def _weights(self, layer: int, projections: Sequence[str]) -> list[Tensor]:
         mixer = mixers_of(self.model)[layer]

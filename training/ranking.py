@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from training.config import TrainingConfig
-from training.cut import check_widths, choose_channels, choose_states, gate_block
+from training.cut import choose_channels, choose_states, gate_block
 from training.gates import block_of_channel
 from training.gating import mixers_of
 from training.parts import Place
@@ -39,14 +39,9 @@ class Ranking:
         generator: of random scores.
         team: that trains together.
 
-    Raises:
-        ConfigError: blocks or multiples do not fit the layers' widths.
     """
 
-    block = 1  # no block is learned, so the order may change up to the cut
-
     def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
-        check_widths(model.config, config)
         self.model = model
         self.team = team
         self.config = config

@@ -47,6 +47,7 @@ class VariableScanOptimizer:
         self.update_frequency = update_frequency
         self.mode = mode
         self.solutions = 0
+        self._solved_for = torch.ones(d_model, dtype=torch.float64)  # mean squares (D,) at the last solution
         self._order = torch.randperm(d_model, generator=generator) if start == "random" else torch.arange(d_model)
         self._reset()
 
@@ -97,10 +98,14 @@ class VariableScanOptimizer:
             return False
         solved = self._by_correlation() if self.objective is None else self.objective(self._order, self.mean_squares())
         improved = not torch.equal(solved, self._order)
-        self._order = solved
+        self._order, self._solved_for = solved, self.mean_squares()
         self.solutions += 1
         self._reset()
         return improved
+
+    def latest_mean_squares(self) -> Tensor:
+        """Mean squares of what was seen since the last solution, or for it; all the same where nothing was seen."""
+        return self.mean_squares() if self._count else self._solved_for
 
     def mean_squares(self) -> Tensor:
         """Mean square of each channel over what was accumulated, float64 (D,)."""
@@ -147,6 +152,7 @@ class VariableScanOptimizer:
             "mean": self._mean.clone(),
             "comoment": self._comoment.clone(),
             "weight": self._weight.clone(),
+            "solved_for": self._solved_for.clone(),
         }
 
     def load_statistics(self, saved: dict[str, Tensor]) -> None:
@@ -155,6 +161,7 @@ class VariableScanOptimizer:
         calls, count, solutions = saved["counters"].tolist()
         self._reset()
         self.solutions = int(solutions)
+        self._solved_for = saved["solved_for"].clone()
         if "comoment" in saved:
             self._calls, self._count = int(calls), count
             self._mean, self._comoment, self._weight = (saved[k].clone() for k in ("mean", "comoment", "weight"))

@@ -28,7 +28,7 @@ from training.schedule import rate_factor_in_run
 from training.start import Start, mixer_of
 from training.stopping import StopRequest
 from training.team import ALONE, Team
-from yunmin.errors import TrainingError
+from yunmin.errors import DivergenceError, TrainingError
 from yunmin.model import MambaLM
 from yunmin.perplexity import perplexity
 from yunmin.pillars import load_pillars
@@ -128,7 +128,8 @@ class Trainer:
         """Trains to the last step, or until SIGINT or SIGTERM, which finish the step and write a checkpoint.
 
         Raises:
-            TrainingError: the loss is not finite, or a parameter takes no part; the last checkpoint stays as it is.
+            DivergenceError: a loss or a gradient is not finite; the last checkpoint stays as it is.
+            TrainingError: a parameter takes no part; the last checkpoint stays, too.
         """
         with self._stop.heard(screen), freed_memory_kept():
             if self._resumed_from is None:
@@ -312,11 +313,11 @@ class Trainer:
         reporter.screen.line(f"step {self.step}: wrote {self._checkpoint}")
         self._clock.skip()
 
-    def _not_finite(self, what: str, value: float, rows: Tensor) -> TrainingError:
+    def _not_finite(self, what: str, value: float, rows: Tensor) -> DivergenceError:
         epoch, batch = self.order.position(self.step)
         documents = self.start.data.training.documents[rows]
         kept = checkpoints_of(self.run_folder)
-        return TrainingError(
+        return DivergenceError(
             f"step {self.step + 1}: the {what} is {value}, in batch {batch} of epoch {epoch} (sequences "
             f"{rows.tolist()} of documents {int(documents[:, 0].min())} to {int(documents[:, 1].max())}); "
             f"{f'the last good checkpoint is {kept[-1]}' if kept else 'no checkpoint was written yet'}"

@@ -36,7 +36,11 @@ class DataError(YunminError):
 
 
 class TrainingError(YunminError):
-    """A run cannot go on: a loss that is not finite, or a parameter that takes no part in it."""
+    """A run cannot go on, or cannot begin."""
+
+
+class DivergenceError(TrainingError):
+    """A loss or a gradient is not finite."""
 
 
 class VerificationError(YunminError):

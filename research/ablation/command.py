@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from research.ablation.estimate import estimate
@@ -27,7 +23,7 @@ from research.ablation.trackers import Trackers
 from research.reports.words import duration
 from research.studies.jobs import run_here
 from research.studies.progress import Progress
-from research.studies.workers import run_in_workers
+from research.studies.workers import run_in_workers, terminated_as_interrupted
 from yunmin.cli import print_json
 from yunmin.errors import ConfigError
 
@@ -69,7 +65,7 @@ def perform(options: argparse.Namespace) -> int:
     _show_plan(plan, recipes, workers, sys.stderr.write)
     begun = time.monotonic()
     try:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             results = _results(study, plan)
     except KeyboardInterrupt:
         left = len(study.plan().todo) if settings.trials is None else "some"
@@ -248,17 +244,3 @@ def _show_plan(plan: Plan, recipes: Recipes, workers: int, write: Any) -> None:
     if settings.trials is not None:
         rows["planned"] = f"{settings.trials} trials with Optuna instead of the grid, each with {settings.seeds} seeds"
     write("\n".join(f"{name:<15} {text}" for name, text in rows.items()) + "\n")
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Within it SIGTERM stops a study as Ctrl-C does."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

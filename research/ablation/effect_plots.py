@@ -91,7 +91,10 @@ def draw_impacts(figure: Any, conclusions: Conclusions) -> str:
         axes.set_title(f"{key}: {_percent(_span(found)):.2g} % from end to end", loc="left")
     figure.axes[0].set_ylabel("change of perplexity, %")
     largest = max(effects, key=lambda key: _span(effects[key]))
-    title(figure, f"Perplexity depends most on the {GRID_KEYS[largest]}")
+    tested = [c for c in conclusions.comparisons if c.kind == "setting" and c.name.startswith(f"{largest} ")]
+    is_shown = any(comparison.is_significant for comparison in tested)
+    most = f"Perplexity depends most on the {GRID_KEYS[largest]}"
+    title(figure, most if is_shown else "Perplexity by setting; the largest difference is not significant")
     return ""
 
 

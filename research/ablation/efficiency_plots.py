@@ -102,7 +102,7 @@ def draw_surface(figure: Any, conclusions: Conclusions) -> str:
         rank, sparsity = extreme(cells, key=lambda place: cells[place])
         tops.append(f"{label.split()[0].rstrip(',')} at rank {rank:g} and sparsity {sparsity:g}")
     which = "All three pillars" if fullest == "all" else "Masking and adapters"
-    title(figure, f"{which}: best {listed(tops)}")
+    title(figure, f"{which}, on the test text: best {listed(tops)}")
     return ""
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from research.ablation.settings import Settings
 from research.studies.texts import Split, split_text, write_documents
-from yunmin.corpus import Document, read_documents
+from yunmin.corpus import read_documents
 from yunmin.files import atomic_file, write_json
 
 _SHARE = 0.1  # of the task's documents to tune by, and as much to report on
 _PARTS = ("train", "tune", "test")  # as `split_text` names its files
+_TASK = "stdlib:reference"  # the documentation in the running Python's library
 _RECORD = "sources.json"
 
 
@@ -45,24 +46,15 @@ def prepare_texts(settings: Settings, folder: Path) -> Texts:
     texts = Texts(folder / "base.jsonl", Split(train, tune, test, _name(settings)))
     if (folder / _RECORD).is_file() and json.loads((folder / _RECORD).read_text(encoding="utf-8")) == record:
         return texts
-    sources = list(settings.data)
-    if not sources:
-        write_documents(folder / "documentation.jsonl", _documentation())
-        sources = [str(folder / "documentation.jsonl")]
+    sources = list(settings.data) or [_TASK]
     split_text(sources, folder, tune_share=_SHARE, test_share=_SHARE)
     if base_documents:
-        others = {*_documentation(), *(d for source in sources for d in read_documents(source))}
-        code = [d for d in read_documents("stdlib") if d not in others] or read_documents(str(train))
+        others = {document for source in sources for document in read_documents(source)}
+        code = [d for d in read_documents("stdlib:code") if d not in others] or read_documents(str(train))
         write_documents(texts.base, code[:: -(-len(code) // base_documents)])
     with atomic_file(folder / _RECORD) as aside:
         write_json(aside, record)
     return texts
-
-
-def _documentation() -> list[Document]:
-    from pydoc_data.topics import topics
-
-    return [Document(topics[name]) for name in sorted(topics)]
 
 
 def _name(settings: Settings) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import replace
@@ -31,10 +30,12 @@ def main(argv: list[str]) -> int:
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
 
-    from research.pillars.report import update_section, write_report
+    from research.pillars.report import check_section, update_section, write_report
     from research.pillars.runner import run_comparison
     from research.pillars.study import Study
+    from research.studies.experiments import write_result
     from research.studies.progress import Progress
+    from research.studies.workers import terminated_as_interrupted
 
     base, text = _TEXTS[options.comparison]
     study = Study(
@@ -48,17 +49,19 @@ def main(argv: list[str]) -> int:
     given = {"steps": options.steps, "base_steps": options.base_steps}
     study = replace(study, budget=replace(study.budget, **{k: v for k, v in given.items() if v is not None}))
     module = COMPARISONS[options.comparison]
-    with Progress() as progress:
-        found = run_comparison(module, replace(study, report=progress.line), options.workers, progress)
     stem = options.comparison if options.size == "2m" else f"{options.comparison}-{options.size}"
-    (study.folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = write_report(module, found, study.folder, stem)
+    if options.docs is not None:
+        check_section(Path(options.docs), stem)
+    with Progress() as progress, terminated_as_interrupted():
+        found = run_comparison(module, replace(study, report=progress.line), options.workers, progress)
+    write_result(study.folder / f"{stem}.json", found)
+    page = write_report(module, found, study.folder, stem)
     if options.docs is not None:
         update_section(Path(options.docs), module, found, stem)
     if options.json:
         print_json(found)
     else:
-        print(text)
+        print(page)
     return 0
 
 

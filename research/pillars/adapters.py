@@ -74,7 +74,7 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
         results = [laboratory.run(_experiment(study, way, rate, seed)) for seed in study.seeds]
         found["perplexity"][way] = [result["test"]["token_perplexity"] for result in results]
         found["rate"][way] = rate
-        found["trainable"][way] = results[0]["adapted_parameters"]
+        found["trainable"][way] = max(result["adapted_parameters"] for result in results)
     return found
 
 

@@ -7,17 +7,19 @@ weights simply train on, and half of them after it. The cuts have the same width
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, table_row
+from research.reports import words
 from research.reports.document import Block, Bullets, Paragraph, Table
 from research.studies.experiments import Experiment, Laboratory
 
 TITLE = "Learned masking"
-QUESTION = "Do learned gates choose better than a cut by magnitude, by activations, or at random?"
+QUESTION = "Does learning gates give a better cut model than training on and cutting by magnitude, activations or lot?"
 KEEPS = False  # whether artifacts are needed to measure further
 ADAPTS = True  # whether anything is trained after the base models
 RANKINGS = {
@@ -34,13 +36,14 @@ CUTS: dict[str, dict[str, float]] = {
     "half the state": {"target_sparsity": 0.0, "target_state_sparsity": 0.5},
 }
 _CONFIRMED = ("50 % of channels",)  # with models that take five times as long
+_MULTIPLE = 16
 _OPTIONS: dict[str, Any] = {
     "scan_mode": "none",
     "enable_peft": False,
     "dense_share": 0.0,
     "gate_share": 0.5,
     "recover_share": 0.5,
-    "channel_multiple": 16,
+    "channel_multiple": _MULTIPLE,
 }
 
 
@@ -54,9 +57,10 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
 
     Returns:
         `perplexity`: by cut and ranking, one for each seed, `before` recovery (on the tuning text) and `after` it (on
-        the test text); `dense`: the same steps without a cut, on the test text.
+        the test text); `dense`: the same steps without a cut, on the test text; `cut`: by cut, the shares of channels
+        and states that are gone.
     """
-    found: dict[str, Any] = {"dense": [], "perplexity": {}}
+    found: dict[str, Any] = {"dense": [], "perplexity": {}, "cut": {}}
     for seed in study.seeds:
         for cut, ranking, experiment in _of_seed(study, seed):
             result = laboratory.run(experiment)
@@ -67,39 +71,48 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
             values = found["perplexity"].setdefault(cut, {}).setdefault(ranking, {"before": [], "after": []})
             values["before"].append(result["validation_perplexity"]["hard_gates"])
             values["after"].append(after)
+            layers = result["layers"]
+            found["cut"][cut] = [fmean(layers[f"{what}_sparsity"]) for what in ("channel", "state")]
     return found
 
 
-def lines(found: dict[str, Any], when: str) -> dict[str, list[Line]]:
-    """By cut, every ranking against `REFERENCE`."""
-    tables = {cut: {ranking: by[ranking][when] for ranking in RANKINGS} for cut, by in found["perplexity"].items()}
-    return compared(tables, REFERENCE)
+def lines(found: dict[str, Any]) -> dict[str, dict[str, list[Line]]]:
+    """`before` recovery and `after` it, by cut, every ranking against `REFERENCE`; corrected together."""
+    by_cut = found["perplexity"]
+    tables = {
+        f"{when} {cut}": {ranking: by_cut[cut][ranking][when] for ranking in RANKINGS}
+        for when in ("before", "after")
+        for cut in by_cut
+    }
+    both = compared(tables, REFERENCE)
+    return {when: {cut: both[f"{when} {cut}"] for cut in by_cut} for when in ("before", "after")}
 
 
 def blocks(found: dict[str, Any]) -> list[Block]:
     """What the comparison says."""
-    after, before = lines(found, "after"), lines(found, "before")
+    by_time = lines(found)
     dense = mean(found["dense"])
     sentences = [
         f"{cut}: {', '.join(said(line, RANKINGS[line.name], RANKINGS[REFERENCE]) for line in by[1:])}"
-        for cut, by in after.items()
+        for cut, by in by_time["after"].items()
     ]
-    rows = [
-        (cut, RANKINGS[line.name], f"{first.perplexity:.2f}", *table_row(line))
-        for cut in after
-        for line, first in zip(after[cut], before[cut], strict=True)
-    ]
+    real = [f"{words.percent(max(shares))} ({cut})" for cut, shares in found["cut"].items()]
     return [
         Paragraph("After recovery:"),
         Bullets([f"{sentence}." for sentence in sentences]),
-        Table(
-            ("cut", "chosen", "before recovery", *TABLE_HEADER),
-            rows,
-            labels=2,
-            note="Perplexity before recovery is on the tuning text, after it on the test text; without a cut: "
-            f"{dense:.2f}. Changes are against {RANKINGS[REFERENCE]}.",
+        _table(
+            by_time["after"],
+            f"After recovery, on the test text; without a cut {dense:.2f}. Cuts leave multiples of {_MULTIPLE} "
+            f"channels: gone are {words.listed(real)}.",
         ),
+        _table(by_time["before"], "Before recovery, on the tuning text."),
     ]
+
+
+def _table(by_cut: dict[str, list[Line]], note: str) -> Table:
+    rows = [(cut, RANKINGS[line.name], *table_row(line)) for cut, of_cut in by_cut.items() for line in of_cut]
+    whole_note = f"{note} Changes are against {RANKINGS[REFERENCE]}."
+    return Table(("cut", "chosen", *TABLE_HEADER), rows, labels=2, note=whole_note)
 
 
 def plot(found: dict[str, Any], axes: Any) -> None:

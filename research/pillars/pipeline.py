@@ -103,14 +103,24 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
             ("stored as", "way", *TABLE_HEADER, "MiB", "state, KiB", "decode, ms", "prefill, ms"),
             rows,
             labels=2,
-            note=f"Test perplexity; times of one sequence: a token, and a prompt of {_PROMPT_TOKENS} tokens, medians "
-            f"of {_ROUNDS} rounds in which all take turns, {words.count(found['threads'], 'thread')}, {found['cpu']}.",
+            note=f"{_training(found)} Test perplexity; times of one sequence: a token, and a prompt of "
+            f"{_PROMPT_TOKENS} tokens, medians of {_ROUNDS} rounds in which all take turns, "
+            f"{words.count(found['threads'], 'thread')}, {found['cpu']}.",
         ),
     ]
 
 
+def _training(found: Mapping[str, Any]) -> str:
+    """Learning rates, and what is trained by phase."""
+    said = []
+    for way in WAYS:
+        phases = [f"{count:,} ({phase})" for phase, count in found["trainable"][way].items()]
+        said.append(f"{way} with a learning rate of {found['rate'][way]:g} {words.listed(phases)}")
+    return f"Trained numbers: {'; '.join(said)}."
+
+
 def plot(found: Mapping[str, Any], axes: Any) -> None:
-    """Perplexity against bytes, one line for each way."""
+    """Perplexity against bytes, one line for each way; the ends of bars are the extreme seeds."""
     for way in WAYS:
         values = np.array([by_way[way] for by_way in found["perplexity"].values()])  # (precisions, seeds)
         sizes = [by_way[way]["weight_bytes"] / 2**20 for by_way in found["cost"].values()]

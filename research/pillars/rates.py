@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from research.studies.experiments import Experiment, Laboratory
@@ -48,8 +49,8 @@ def search_rate(
     """
     tried = {rate: experiment_at(rate) for rate in rates}
     while True:
-        results = {rate: laboratory.result(experiment) for rate, experiment in tried.items()}
-        known = {rate: _tuned(result) for rate, result in results.items() if result is not None}
+        tuned = {rate: _tuned(experiment, laboratory) for rate, experiment in tried.items()}
+        known = {rate: perplexity for rate, perplexity in tuned.items() if perplexity is not None}
         if len(known) < len(tried):
             return list(tried.values()), None
         best = min(known, key=known.__getitem__)
@@ -60,6 +61,9 @@ def search_rate(
         tried[rate] = experiment_at(rate)
 
 
-def _tuned(result: dict[str, dict[str, float]]) -> float:
-    """Perplexity on the tuning text at the end of training."""
-    return list(result["validation_perplexity"].values())[-1]
+def _tuned(experiment: Experiment, laboratory: Laboratory) -> float | None:
+    """Perplexity on the tuning text at the end of training: infinite where it diverged, None where it was not run."""
+    result = laboratory.result(experiment)
+    if result is None:
+        return None if laboratory.failure(experiment) is None else math.inf
+    return float(list(result["validation_perplexity"].values())[-1])

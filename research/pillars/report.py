@@ -24,7 +24,8 @@ def write_report(module_name: str, found: Mapping[str, Any], folder: Path, stem:
     module = importlib.import_module(f"research.pillars.{module_name}")
     draw(module_name, found, folder / f"{stem}.png")
     text = to_markdown([Heading(1, module.TITLE), *page(module_name, found, f"{stem}.png")])
-    (folder / f"{stem}.md").write_text(text, encoding="utf-8")
+    with atomic_file(folder / f"{stem}.md") as aside:
+        aside.write_text(text, encoding="utf-8")
     return text
 
 
@@ -40,9 +41,9 @@ def page(module_name: str, found: Mapping[str, Any], image: str) -> list[Block]:
     rests = (
         f"Models of about {s['parameters']:,} parameters; {text}; {words.count(s['seeds'], 'seed')}; base models of "
         f"{trained}, all of {s['window']} tokens. Texts to train on, to tune by and to report on are different "
-        f"documents, or different parts where there are few; {scored}. Changes are means over seeds of paired "
-        "differences of log-perplexity, intervals Student's t, p-values of paired t-tests with Holm's correction over "
-        "all tests of the comparison."
+        "documents, or different parts where there are few (in brackets, how the SHA-256 of the first begins); "
+        f"{scored}. Changes are means over seeds of paired differences of log-perplexity, intervals Student's t, "
+        "p-values of paired t-tests with Holm's correction over all tests of the comparison."
     )
     return [
         Paragraph(module.QUESTION),
@@ -60,16 +61,32 @@ def update_section(file: Path, module_name: str, found: Mapping[str, Any], stem:
     Raises:
         DataError: the file has no such lines.
     """
-    begin, end = f"<!-- begin {stem} -->", f"<!-- end {stem} -->"
-    whole = file.read_text(encoding="utf-8")
-    if whole.count(begin) != 1 or whole.count(end) != 1:
-        raise DataError(f"{file}: expected one line {begin} and one line {end}")
+    head, tail = _around_section(file, stem)
     (file.parent / file.stem).mkdir(exist_ok=True)
     draw(module_name, found, file.parent / file.stem / f"{stem}.png")
     body = to_markdown(page(module_name, found, f"{file.stem}/{stem}.png"))
-    head, tail = whole.partition(begin)[0], whole.partition(end)[2]
     with atomic_file(file) as aside:
-        aside.write_text(f"{head}{begin}\n\n{body}\n{end}{tail}", encoding="utf-8")
+        aside.write_text(f"{head}\n\n{body}\n{tail}", encoding="utf-8")
+
+
+def check_section(file: Path, stem: str) -> None:
+    """Checks that a Markdown file has a place for a comparison.
+
+    Raises:
+        DataError: there is no such file, or no such place in it.
+    """
+    _around_section(file, stem)
+
+
+def _around_section(file: Path, stem: str) -> tuple[str, str]:
+    begin, end = f"<!-- begin {stem} -->", f"<!-- end {stem} -->"
+    try:
+        whole = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: expected a Markdown file, {error}") from None
+    if whole.count(begin) != 1 or whole.count(end) != 1:
+        raise DataError(f"{file}: expected one line {begin} and one line {end}")
+    return whole.partition(begin)[0] + begin, end + whole.partition(end)[2]
 
 
 def draw(module_name: str, found: Mapping[str, Any], path: Path) -> None:

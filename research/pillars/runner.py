@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from research.studies.experiments import Experiment, Laboratory
 from research.studies.jobs import Job
 from research.studies.progress import Progress
 from research.studies.workers import run_in_workers
-from yunmin.errors import TrainingError
+from yunmin.errors import DivergenceError, TrainingError
 
 
 def run_comparison(module_name: str, study: Study, workers: int, progress: Progress) -> dict[str, Any]:
@@ -28,10 +29,12 @@ def run_comparison(module_name: str, study: Study, workers: int, progress: Progr
         What `collect` found, with the study's `settings`.
 
     Raises:
+        DataError: texts share documents.
         TrainingError: an experiment failed; names it.
         KeyboardInterrupt: a signal asked to stop; the next call goes on.
     """
     module = importlib.import_module(f"research.pillars.{module_name}")
+    study.check_texts()
     bases = study.laboratory(study.base_text)
     crew = _Crew(workers, progress)
     crew.run([study.base(seed) for seed in study.seeds], bases, keep=True)
@@ -52,11 +55,15 @@ class _Crew:
     progress: Progress
 
     def run(self, experiments: list[Experiment], laboratory: Laboratory, *, keep: bool) -> bool:
-        """Runs those without a result, or without an artifact that is to be kept; returns whether there were any."""
+        """Runs those without a result, or without an artifact that is to be kept; returns whether there were any.
+
+        One whose training diverges is given up: a search for a learning rate then takes another one.
+        """
         by_key = {
             laboratory.key(e): e
             for e in experiments
-            if laboratory.result(e) is None or (keep and not laboratory.artifact(e).is_dir())
+            if laboratory.failure(e) is None
+            and (laboratory.result(e) is None or (keep and not laboratory.artifact(e).is_dir()))
         }
         if not by_key:
             return False
@@ -67,9 +74,13 @@ class _Crew:
             f"{words.count(len(jobs), 'experiment')} to run in {words.count(count, 'process', 'processes')}, from "
             f"{jobs[0].experiment.label} on; logs in {laboratory.folder}"
         )
-        for done in run_in_workers(jobs, laboratory, count, 1):
-            if done.error is not None:
-                label, key = done.job.experiment.label, done.job.key
-                raise TrainingError(f"{label}: {done.error}; {laboratory.folder / key} has the log")
-            self.progress.finished(done)
+        with closing(run_in_workers(jobs, laboratory, count, 1)) as ends:
+            for done in ends:
+                self.progress.finished(done)
+                if done.error is None:
+                    continue
+                if not done.error.startswith(DivergenceError.__name__):
+                    label, key = done.job.experiment.label, done.job.key
+                    raise TrainingError(f"{label}: {done.error}; {laboratory.folder / key} has the log")
+                laboratory.give_up(done.job.experiment, done.error)
         return True

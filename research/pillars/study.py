@@ -13,7 +13,10 @@ from research.studies.experiments import Experiment, Laboratory, hash_of
 from research.studies.measures import Measures
 from research.studies.texts import Split, split_text
 from yunmin.config import MambaConfig
+from yunmin.corpus import read_documents
 from yunmin.cost import cost_of
+from yunmin.errors import DataError
+from yunmin.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,23 @@ class Study:
     def text(self) -> Split:
         return self._split(self.source)
 
+    def check_texts(self) -> None:
+        """Checks that base models have not seen what choices are made by, or what is reported on.
+
+        Raises:
+            DataError: they have.
+        """
+        if self.base_source == self.source:
+            return
+        seen = {d for part in (self.base_text.train, self.base_text.tune) for d in read_documents(str(part))}
+        kept = [d for part in (self.text.tune, self.text.test) for d in read_documents(str(part))]
+        shared = sum(document in seen for document in kept)
+        if shared:
+            raise DataError(
+                f"--text {self.source}: base models of {self.base_source} have seen {shared} of {len(kept)} documents "
+                "that are kept for tuning and testing"
+            )
+
     def laboratory(self, text: Split) -> Laboratory:
         """Experiments that are measured on the test part of a text."""
         measures = Measures(str(text.test), test_tokens=self.test_tokens, window=WINDOW)
@@ -67,8 +87,8 @@ class Study:
             "size": self.size,
             "parameters": self._parameters(),
             "seeds": len(self.seeds),
-            "base_text": Path(self.base_source).name,
-            "text": Path(self.source).name,
+            "base_text": _named(self.base_source, self.base_text),
+            "text": _named(self.source, self.text),
             "base_steps": budget.base_steps,
             "base_batch": budget.base_batch,
             "steps": budget.steps,
@@ -83,6 +103,11 @@ class Study:
 
     def _split(self, source: str) -> Split:
         return _split_once(source, self.folder / "texts" / f"{Path(source).stem}-{hash_of(source)[:6]}")
+
+
+def _named(source: str, text: Split) -> str:
+    """A source by its name, and by the contents that were learned."""
+    return f"{Path(source).name} ({sha256_file(text.train)[:8]})"
 
 
 @lru_cache(maxsize=8)

@@ -42,11 +42,13 @@ from yunmin.quantization.layout import Format
 
 TRAINED_FILE = "trained.json"
 CALLS_FILE = "calls.json"  # what training took so far, where it was stopped
+_FAILURE_FILE = "failure.json"
 MEASUREMENT_FILE = "measurement.json"
-_FORMAT = 1
+_FORMAT = 2  # of results and of what is computed: to be raised where an algorithm changes
 _START = "the artifact that it starts from"  # for keys that need a checkpoint; which one is known when it is there
 _KEY_LENGTH = 16  # hexadecimal digits: a study has thousands of experiments, not billions
 _NAMES = ("run_name", "output_dir", "project_name", "checkpoint")  # where things lie changes no result
+_CHECKPOINT_INTERVAL = 100  # steps that a killed run repeats at most
 _OBSERVED_TOKENS = 4096  # for the correlations of channels
 
 
@@ -99,7 +101,7 @@ class Laboratory:
     def key(self, experiment: Experiment) -> str:
         """A hash over all that the artifact depends on: configuration, start, texts by content, version."""
         config = experiment.config()
-        values = config.model_dump(mode="json", exclude_defaults=True, exclude={*RECORD_KEYS, *_NAMES})
+        values = config.model_dump(mode="json", exclude={*RECORD_KEYS, *_NAMES})  # defaults, too: they may change
         values["data"] = [self._digest(source) for source in config.data]
         values["validation_data"] = [self._digest(source) for source in config.validation_data]
         facts = {
@@ -122,12 +124,22 @@ class Laboratory:
         """What a finished experiment found; None before."""
         return read_result(self.folder / self.key(experiment) / self.result_file)
 
+    def give_up(self, experiment: Experiment, reason: str) -> None:
+        """Puts on record that an experiment cannot succeed, so that it is not tried again."""
+        write_result(self.folder / self.key(experiment) / _FAILURE_FILE, {"error": reason})
+
+    def failure(self, experiment: Experiment) -> str | None:
+        """Why an experiment was given up; None where it was not."""
+        found = read_result(self.folder / self.key(experiment) / _FAILURE_FILE)
+        return None if found is None else str(found["error"])
+
     def run(self, experiment: Experiment, *, keep: bool = False) -> dict[str, Any]:
         """Runs an experiment, and the one it starts from, unless they are finished.
 
         Args:
             experiment: to run.
-            keep: whether its artifact and newest checkpoint are kept, which others start from or measure further.
+            keep: whether its artifact and newest checkpoint are kept, which others start from or measure further; what
+                was kept before stays.
 
         Returns:
             What the file of its result holds.
@@ -170,7 +182,8 @@ class Laboratory:
             trained = self._train(experiment, folder)
             write_result(folder / TRAINED_FILE, trained)
         begun = time.perf_counter()
-        if not artifact.is_dir():
+        was_kept = artifact.is_dir()  # by another study, which needs it
+        if not was_kept:
             export(run, artifact, options=Options(data=self.measures.test, quantize=experiment.quantize))
         exported = time.perf_counter()
         self.report(f"{experiment.label}: measuring")
@@ -194,7 +207,7 @@ class Laboratory:
             "machine": machine_facts(),
         }
         write_result(folder / self.result_file, result)
-        if not keep:
+        if not keep and not was_kept:
             shutil.rmtree(artifact)
             for checkpoint in checkpoints_of(run):
                 shutil.rmtree(checkpoint)
@@ -229,6 +242,7 @@ class Laboratory:
             return resume(run)
         shutil.rmtree(run, ignore_errors=True)
         own = {"output_dir": str(run.parent), "run_name": run.name, "keep_checkpoints": 1, "tensorboard": False}
+        own["checkpoint_interval"] = _CHECKPOINT_INTERVAL
         if experiment.start is not None:
             own["checkpoint"] = str(self.artifact(experiment.start))
         return train(parse_config({**own, **experiment.training}, where=experiment.label))

@@ -24,7 +24,7 @@ class Job:
     Attributes:
         key: of the experiment.
         experiment: what to do.
-        keep: whether others start from its artifact.
+        keep: whether its artifact is kept, which others start from or measure further.
     """
 
     key: str
@@ -38,7 +38,7 @@ class Done:
 
     Attributes:
         job: that one.
-        result: as `result.json` has it; None where it failed.
+        result: as the file of its result has it; None where it failed.
         error: one line that says why it failed.
     """
 

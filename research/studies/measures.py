@@ -25,7 +25,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Measures:
-    """How every experiment of a study is measured; all of it counts in an experiment's key.
+    """How every experiment of a study is measured; a result's file is named by it.
 
     Attributes:
         test: source of text that nothing was trained or tuned on.

@@ -15,7 +15,6 @@ from training.adapters import allocate
 from training.adaptive import AdaptiveModel
 from training.config import TrainingConfig
 from training.config_file import parse_config
-from training.cut import check_widths
 from training.gating import mixers_of
 from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
@@ -225,6 +224,7 @@ def test_a_measure_of_gates_is_refused_where_there_are_none(options: dict[str, A
         ({}, "quantization"),
         ({"weight_mask": "n:m"}, "n:m"),
         ({"weight_mask": "n:m", "enable_masking": False}, "quantization"),
+        ({"weight_mask": "n:m", "mask_targets": "in_proj"}, "quantization"),
         ({"channel_gates": "block"}, "saliency"),
         ({"channel_gates": "block", "weight_mask": "n:m"}, "n:m"),
         ({"channel_gates": "block", "scan_objective": "correlation"}, "correlation"),
@@ -258,15 +258,23 @@ def test_gradients_weigh_nothing_but_correlations() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"channel_multiple": 64}, "at most the inner width 40"),
+        ({"channel_gates": "block", "gate_block_size": 16, "channel_multiple": 8}, "multiple of gate_block_size 16"),
+        ({"channel_gates": "block", "gate_block_size": 16, "channel_multiple": 32}, "must divide the inner width 40"),
         ({"mask_m": 5}, "mask_m: 5 does not divide the [0-9]+ input channels of in_proj"),
         ({"mask_m": 5, "mask_targets": "out_proj"}, "input channels of out_proj"),
         ({"mask_m": 7, "mask_targets": "dt_proj"}, "input channels of dt_proj"),
-        ({"mask_m": 16, "mask_targets": "x_proj", "uniform_widths": False}, "8 input channels of x_proj"),
+        ({"mask_m": 20, "mask_targets": "x_proj"}, "does not divide the 32 input channels of x_proj"),
+        ({"mask_m": 20, "mask_targets": "x_proj", "uniform_widths": False}, "does not divide the 8 input channels"),
+        (
+            {"mask_m": 16, "mask_targets": "x_proj", "uniform_widths": False},
+            "does not divide the 40 input channels of x_proj",
+        ),
     ],
 )
-def test_groups_that_do_not_fit_are_refused_before_training(options: dict[str, Any], told: str) -> None:
+def test_widths_that_do_not_fit_are_refused_before_training(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        check_widths(small_config(), small_run(weight_mask="n:m", **options))
+        Run(small_run(weight_mask="n:m", **options))
 
 
 def test_groups_of_masks_form_among_the_channels_that_are_kept() -> None:
@@ -281,6 +289,25 @@ def test_groups_of_masks_form_among_the_channels_that_are_kept() -> None:
         weight = model.get_parameter(f"backbone.layers.{layer}.mixer.out_proj.weight").detach()
         assert retained_magnitude(weight[:, order[:half]], 2, 4) > retained_magnitude(weight[:, gates[layer] > 0], 2, 4)
     assert orders.solve_among([torch.ones(d) for d in model.config.d_inner]) == []
+
+
+def test_scales_are_shared_among_the_channels_that_are_kept() -> None:
+    run = Run(small_run())
+    orders = ScanOrders(run.model, run.config, torch.Generator())
+    gates = [(torch.arange(d) % 2).float() for d in run.model.config.d_inner]
+    orders.observe(wanted=True)
+    run.model(run.ids)
+    orders.update()
+    orders.solve()
+    saved = orders.tensors()
+    assert orders.solve_among(gates) == list(range(run.model.config.n_layers))
+    for layer, order in enumerate(orders.orders):
+        half = order.numel() // 2
+        assert gates[layer][order].tolist() == [1.0] * half + [0.0] * half
+    again = ScanOrders(run.model, run.config, torch.Generator())
+    again.load_tensors(saved)
+    again.solve_among(gates)
+    assert all(torch.equal(a, b) for a, b in zip(again.orders, orders.orders, strict=True))
 
 
 def test_parameter_without_gradient_stops_the_run_by_name() -> None:

@@ -235,19 +235,6 @@ def test_gates_leave_the_checkpoints_tensors_alone() -> None:
     assert set(built.model.tensors()) == set(expected_shapes(built.model.config))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"channel_multiple": 64}, "at most the inner width 40"),
-        ({"channel_gates": "block", "gate_block_size": 16, "channel_multiple": 8}, "multiple of gate_block_size 16"),
-        ({"channel_gates": "block", "gate_block_size": 16, "channel_multiple": 32}, "must divide the inner width 40"),
-    ],
-)
-def test_gates_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        gating(**options)
-
-
 def test_only_what_has_a_target_gets_gates() -> None:
     config = parse_config({"target_sparsity": 0.0, "target_state_sparsity": 0.5, "channel_multiple": 64})
     model = random_model(mixer=GatedMixer)
