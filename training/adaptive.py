@@ -15,7 +15,7 @@ from training.adapters import Adapters, adapter_tensors
 from training.allotment import Allotment
 from training.config import TrainingConfig
 from training.cut import check_widths, exact_masks
-from training.gating import Gating, set_fixed_masks
+from training.gating import Gating
 from training.gradients import GradientWatch
 from training.observation import ScanOrders
 from training.parts import Place
@@ -25,7 +25,7 @@ from training.sparsity import masking_statistics
 from training.team import ALONE, Team
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, adapter_folders
-from yunmin.trained import inject_adapter, set_fixed_gates
+from yunmin.trained import inject_adapter, set_fixed_gates, set_fixed_masks
 
 _NO_DECAY = ("A_log", ".D", "bias", "norm.weight", "norm_f.weight")
 

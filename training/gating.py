@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.config import TrainingConfig
 from training.cut import choose_channels, choose_states, gate_block
@@ -14,7 +14,7 @@ from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel
 from training.masks import initial_mask_logits
 from training.sparsity import SparsityTarget, layer_costs, masking_statistics
 from yunmin.axes import layer_prefix
-from yunmin.gated import FixedGate, GatedMixer, MaskedLinear
+from yunmin.gated import GatedMixer, MaskedLinear
 from yunmin.model import MambaLM
 
 
@@ -197,12 +197,3 @@ def mixers_of(model: MambaLM) -> list[GatedMixer]:
         assert isinstance(block.mixer, GatedMixer), "the model was not built with GatedMixer"
         mixers.append(block.mixer)
     return mixers
-
-
-def set_fixed_masks(model: MambaLM, masks: dict[str, Tensor]) -> None:
-    """Puts fixed weight masks (by weight name) into a model, in place of learned ones or of none."""
-    for name, mask in masks.items():
-        module_name = name.removesuffix(".weight")
-        parent: nn.Module = model.get_submodule(module_name.rpartition(".")[0])
-        target = module_name.rpartition(".")[2]
-        setattr(parent, target, MaskedLinear(getattr(parent, target), FixedGate(mask.to(model.device))))

@@ -30,10 +30,6 @@ class ImportanceProbe:
         self._multipliers: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
-    @property
-    def is_attached(self) -> bool:
-        return bool(self._handles)
-
     def attach(self) -> None:
         """Starts measuring; does nothing when it already does."""
         if self._handles:

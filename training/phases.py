@@ -13,7 +13,7 @@ class Phase(StrEnum):
     """What is trained.
 
     DENSE: all weights. GATES: weights and gates, towards the target sparsity. RECOVER: weights behind fixed gates.
-    ADAPTERS: LoRA and IA3 only, allotted by the importance that masking learned.
+    ADAPTERS: LoRA and IA3 only, allotted by importance, which earlier phases or frozen weights showed.
     """
 
     DENSE = "dense"

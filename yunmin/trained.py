@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from yunmin.axes import layer_prefix
 from yunmin.checkpoint import Checkpoint, load_checkpoint
@@ -40,10 +40,7 @@ def build_trained(
     """
     model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors, mixer=GatedMixer, shares_memory=shares_memory)
     set_fixed_gates(model, pillars)
-    for name, mask in pillars.weight_masks.items():
-        parent = model.get_submodule(name.rsplit(".", 2)[0])
-        projection = name.rsplit(".", 2)[1]
-        setattr(parent, projection, MaskedLinear(getattr(parent, projection), FixedGate(mask)))
+    set_fixed_masks(model, pillars.weight_masks)
     for name, folder in adapters.items():
         inject_adapter(model, name, folder)
     if adapters:
@@ -64,6 +61,15 @@ def set_fixed_gates(model: MambaLM, pillars: Pillars) -> None:
         mixer: nn.Module = model.get_submodule(f"{layer_prefix(layer)}mixer")
         mixer.channel_gate = FixedGate(pillars.channel_gates[layer])
         mixer.state_gate = FixedGate(pillars.state_gates[layer])
+
+
+def set_fixed_masks(model: MambaLM, masks: Mapping[str, Tensor]) -> None:
+    """Puts fixed masks, by weight name, into a model in place of learned ones or of none; modifies the model."""
+    for name, mask in masks.items():
+        mixer, projection = name.rsplit(".", 2)[:2]
+        parent: nn.Module = model.get_submodule(mixer)
+        masked = MaskedLinear(getattr(parent, projection), FixedGate(mask.to(model.device)))
+        setattr(parent, projection, masked)
 
 
 def adapter_host(model: MambaLM) -> nn.Module:

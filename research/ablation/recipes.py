@@ -9,7 +9,7 @@ from typing import Any
 from research.ablation.grid import Setting
 from research.ablation.settings import Settings
 from research.ablation.sources import Texts
-from research.studies.experiments import Experiment
+from research.studies.experiments import NO_PILLARS, Experiment
 from research.studies.measures import Measures
 from training.config import ARCHITECTURE_KEYS, TrainingConfig
 from training.config_file import parse_config
@@ -20,7 +20,6 @@ from yunmin.corpus import texts_of
 from yunmin.errors import TokenizerError
 from yunmin.tokenizer import Tokenizer
 
-_NO_PILLAR = {"scan_mode": "none", "enable_masking": False, "enable_peft": False}
 _SHARED_WITH_BASE = (*ARCHITECTURE_KEYS, "sequence_length", "batch_size", "device", "matmul_precision")
 _IMPORTANCE_BATCHES = 8  # to rank projections with, where nothing was trained that could have told
 _ORDERS = 5  # times that the order of channels is solved while weights are trained
@@ -49,7 +48,7 @@ class Recipes:
         if self.settings.checkpoint is not None:
             return None
         shared = {key: v for key, v in self.settings.training.items() if key in _SHARED_WITH_BASE}
-        values = {**shared, **self.settings.base_training, **_NO_PILLAR, "seed": seed, "data": str(self.texts.base)}
+        values = {**shared, **self.settings.base_training, **NO_PILLARS, "seed": seed, "data": str(self.texts.base)}
         return Experiment(values, label=f"base model, seed {seed}")
 
     def experiment(self, setting: Setting) -> Experiment:
@@ -71,7 +70,7 @@ class Recipes:
 
     def _pillars(self, setting: Setting) -> dict[str, Any]:
         point = setting.point
-        values: dict[str, Any] = dict(_NO_PILLAR)
+        values: dict[str, Any] = dict(NO_PILLARS)
         if setting.uses("scan"):
             values["scan_mode"] = self.settings.training.get("scan_mode", "dynamic")
             values["scan_update_frequency"] = max(1, self.steps // _ORDERS)

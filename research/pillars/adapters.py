@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from research.pillars.bases import NO_PILLARS
 from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 from research.reports import words
 from research.reports.document import Block, Bullets, Paragraph, Table
-from research.studies.experiments import Experiment, Laboratory
+from research.studies.experiments import NO_PILLARS, Experiment, Laboratory
 
 TITLE = "Hybrid adapters"
 QUESTION = "Does allotting LoRA and IA3 by importance adapt better than uniform LoRA that trains as many numbers?"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research.studies.experiments import Experiment
+from research.studies.experiments import NO_PILLARS, Experiment
 from research.studies.texts import Split
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -17,7 +17,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "10m": {"d_model": 512, "n_layers": 6, "vocab_size": 1000},
 }
 WINDOW = 256
-NO_PILLARS: dict[str, Any] = {"scan_mode": "none", "enable_masking": False, "enable_peft": False}
 _COMMON: dict[str, Any] = {
     "sequence_length": WINDOW,
     "matmul_precision": "bfloat16",

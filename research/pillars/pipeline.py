@@ -9,20 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from export.quantize import quantize_checkpoint
-from research.pillars.bases import NO_PILLARS
 from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
 from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
 from research.reports import words
 from research.reports.document import Block, Bullets, Table
-from research.studies.experiments import Experiment, Laboratory
-from research.studies.measures import latency, quality
+from research.studies.experiments import NO_PILLARS, Experiment, Laboratory
+from research.studies.measures import latency, quality, quantized
 from yunmin.artifact import load_artifact
 from yunmin.checkpoint import Checkpoint
 from yunmin.cost import cost_of
 from yunmin.machine import machine_facts
-from yunmin.quantization.layout import Format, Quantization
+from yunmin.quantization.layout import Format
 from yunmin.threads import get_threads
 
 TITLE = "All three"
@@ -31,7 +29,7 @@ KEEPS = True  # whether artifacts are needed to measure further
 ADAPTS = True  # whether anything is trained after the base models
 REFERENCE = "dense"
 RATES = (1e-3, 3e-3)
-WAYS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, Mapping[str, Any]] = {
     "dense": NO_PILLARS,
     "three pillars": {
         "scan_update_frequency": 40,
@@ -147,7 +145,7 @@ def _stored(laboratory: Laboratory, experiment: Experiment, stored: Format) -> C
     checkpoint, _ = load_artifact(laboratory.artifact(experiment))
     if stored == "none":
         return checkpoint
-    return quantize_checkpoint(checkpoint, Quantization(stored), None, lambda _: None)
+    return quantized(checkpoint, stored)
 
 
 def _measured(laboratory: Laboratory, experiment: Experiment, stored: Format) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
         Table(
             ("order", "magnitude kept by 2:4 masks", "least and most of the seeds"),
             kept,
-            note="The share of the magnitude of W_in and W_out, in layers and seeds together.",
+            note="The share of the magnitude of W_in and W_out, a mean over both and over layers and seeds.",
         ),
     ]
 

@@ -43,6 +43,7 @@ from yunmin.quantization.layout import Format
 TRAINED_FILE = "trained.json"
 CALLS_FILE = "calls.json"  # what training took so far, where it was stopped
 _FAILURE_FILE = "failure.json"
+NO_PILLARS: Mapping[str, Any] = {"scan_mode": "none", "enable_masking": False, "enable_peft": False}
 MEASUREMENT_FILE = "measurement.json"
 _FORMAT = 2  # of results and of what is computed: to be raised where an algorithm changes
 _START = "the artifact that it starts from"  # for keys that need a checkpoint; which one is known when it is there
