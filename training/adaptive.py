@@ -15,12 +15,11 @@ from training.adapters import Adapters, adapter_tensors
 from training.allotment import Allotment
 from training.config import TrainingConfig
 from training.cut import check_widths, exact_masks
-from training.gating import Gating
 from training.gradients import GradientWatch
+from training.masking import Masking
 from training.observation import ScanOrders
 from training.parts import Place
 from training.phases import Phase
-from training.ranking import Ranking
 from training.sparsity import masking_statistics
 from training.team import ALONE, Team
 from yunmin.model import MambaLM
@@ -55,7 +54,7 @@ class AdaptiveModel:
         self.config = config
         self.phase = Phase.DENSE
         self._generator = generator
-        self._gating: Gating | Ranking | None = None
+        self._masking: Masking | None = None
         self._fixed = Pillars.identity(model.config)  # gates and masks in force outside the gate phase
         self._adapters: dict[str, PeftConfig] = {}
         self._allotment = Allotment(model, config, team)
@@ -80,7 +79,7 @@ class AdaptiveModel:
         self.phase = phase
         match phase:
             case Phase.GATES:
-                self._gating = self._new_gating()
+                self._masking = self._new_masking()
                 self._allotment.follow()
             case Phase.RECOVER | Phase.ADAPTERS:
                 lines += self._fix_gates()
@@ -106,8 +105,8 @@ class AdaptiveModel:
             self._scans.close()
         self._scans.load_tensors(saved)
         if phase is Phase.GATES:
-            self._gating = self._new_gating()
-            self._gating.load_tensors(saved)
+            self._masking = self._new_masking()
+            self._masking.load_tensors(saved)
             self._allotment.follow()
         else:
             self._fixed = pillars
@@ -142,21 +141,21 @@ class AdaptiveModel:
 
     def before_step(self, progress: float) -> None:
         """Prepares a step at a point of the phase, 0 to 1: samples gates, and measures importance near its end."""
-        if self._gating is not None:
-            self._gating.sample(progress, self._generator)
+        if self._masking is not None:
+            self._masking.sample(progress, self._generator)
         self._allotment.before_step(self.phase, progress)
 
     def show(self, place: Place) -> None:
         """Says which sequences of the batch the next forward pass has."""
         self._scans.show(place)
-        if isinstance(self._gating, Ranking):
-            self._gating.show(place)
+        if self._masking is not None:
+            self._masking.show(place)
 
     def penalty(self) -> Tensor:
         """The sparsity term to add to the loss; zero outside the gate phase."""
-        if self._gating is None:
+        if self._masking is None:
             return torch.zeros((), device=self.model.device)
-        return self._gating.penalty()
+        return self._masking.penalty()
 
     def after_backward(self) -> None:
         """Takes what a backward pass shows: importance, activation statistics, parameters without gradient.
@@ -169,8 +168,8 @@ class AdaptiveModel:
 
     def after_step(self) -> list[str]:
         """Moves multipliers and scan order after the optimizer's step; returns lines for the log."""
-        if self._gating is not None:
-            self._gating.ascend()
+        if self._masking is not None:
+            self._masking.ascend()
         return self._order_changed(self._scans.update())
 
     @contextmanager
@@ -180,10 +179,10 @@ class AdaptiveModel:
         self._scans.observe(wanted=False)
         self.model.eval()
         try:
-            if self._gating is None:
+            if self._masking is None:
                 yield
             else:
-                with self._gating.deterministic():
+                with self._masking.deterministic():
                     yield
         finally:
             self.model.train(was_training)
@@ -198,8 +197,8 @@ class AdaptiveModel:
 
     def statistics(self) -> dict[str, float | list[float]]:
         """Masking as it stands: expected sparsity overall and by layer, keep-probabilities, contribution by layer."""
-        if self._gating is not None:
-            return self._gating.statistics()
+        if self._masking is not None:
+            return self._masking.statistics()
         channels, states = self._fixed.channel_gates, self._fixed.state_gates
         return masking_statistics(
             self.model.config,
@@ -212,9 +211,9 @@ class AdaptiveModel:
         """Everything a checkpoint keeps of the pillars."""
         training = self._allotment.tensors()
         channels, states, masks = self._fixed.channel_gates, self._fixed.state_gates, self._fixed.weight_masks
-        if self._gating is not None:
-            channels, states, masks = self._gating.current()
-            training |= self._gating.tensors()
+        if self._masking is not None:
+            channels, states, masks = self._masking.current()
+            training |= self._masking.tensors()
         else:  # what masking ended with stays on record
             kept = ("logits.", "multipliers.", "ranking.", "temperature")
             training |= {n: t for n, t in self._fixed.training.items() if n.startswith(kept)}
@@ -235,28 +234,26 @@ class AdaptiveModel:
     def _order_changed(self, layers: list[int]) -> list[str]:
         if not layers:
             return []
-        if self._gating is not None:
-            self._gating.regroup(self.scan_order)
+        if self._masking is not None:
+            self._masking.regroup(self.scan_order)
         return [f"scan order updated in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"]
 
     def _solve_order(self) -> list[str]:
-        if isinstance(self._gating, Gating) and self._gating.block > 1 and self._gating.channel_gates:
+        if self._masking is not None and self._masking.has_learned_blocks:
             return []  # blocks that were learned must not change their members at the last moment
         return self._order_changed(self._scans.solve())
 
-    def _new_gating(self) -> Gating | Ranking:
-        if self.config.gate_ranking == "learned":
-            return Gating(self.model, self.config, self.scan_order)
-        return Ranking(self.model, self.config, self._generator, self.team)
+    def _new_masking(self) -> Masking:
+        return Masking(self.model, self.config, self.scan_order, self._generator, self.team)
 
     def _fix_gates(self) -> list[str]:
         """Ends the gate phase: exact widths, fixed gates and masks; orders stay as they are from here on."""
-        if self._gating is None:
+        if self._masking is None:
             return []
-        training = self._gating.tensors()
-        channels, states = self._gating.choose(self.scan_order)
-        scores = self._gating.mask_scores()
-        self._gating = None
+        training = self._masking.tensors()
+        channels, states = self._masking.choose(self.scan_order)
+        scores = self._masking.mask_scores()
+        self._masking = None
         lines = self._order_changed(self._scans.solve_among(channels))
         self._scans.close()
         of = self.model.config

@@ -117,7 +117,10 @@ class TrainingConfig(BaseModel):
     target_state_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of states to cut")
     sparsity_unit: Literal["parameters", "flops", "bytes"] = Field("parameters", description="what sparsity counts")
     gate_ranking: Literal["learned", "magnitude", "activation", "random"] = Field(
-        "learned", description="what decides which channels and states are kept; all but learned cut without gates"
+        "learned", description="what decides which channels are kept; all but learned cut without gates"
+    )
+    state_ranking: Literal["learned", "magnitude", "activation", "random"] = Field(
+        "activation", description="what decides which states are kept"
     )
     channel_gates: Literal["channel", "block"] = Field("channel", description="a gate for each channel or block")
     gate_block_size: Count = Field(16, description="channels, neighbours in scan order, that share a block gate")

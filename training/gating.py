@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -124,7 +124,9 @@ class Gating:
         values = masking_statistics(self.model.config, channels, states, self.config.sparsity_unit)
         expected = self.expected_sparsity()
         values |= {f"{kind}_sparsity": float(s.detach()) for kind, s in expected.items() if kind != "channels"}
-        return values | {"target": self.targets["channels"].target, "temperature": self.temperature}
+        if self.gates:
+            values |= {"target": self.targets["channels"].target, "temperature": self.temperature}
+        return values
 
     def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
         """Channel gates, state gates and weight masks (by weight name) as they would act without noise now."""
@@ -136,8 +138,8 @@ class Gating:
         masks = {f"{name}.weight": gate.deterministic().cpu() > 0 for name, gate in self.mask_gates.items()}
         return channels, states, masks
 
-    def choose(self, _scan_order: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Exact widths: gates (D,) and (N,) per layer that keep the best channels and states."""
+    def choose(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Exact widths: gates (D,) and (N,) per layer that keep the best channels and states; what has none is open."""
         config, model = self.config, self.model.config
         channels, states = self._open()
         if self.channel_gates:
@@ -159,13 +161,17 @@ class Gating:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the gates: logits, multipliers, and the temperature for the record."""
+        if not self.gates:
+            return {}
         saved = {f"logits.{name}": gate.logits.detach().cpu() for name, gate in self.gates.items()}
         saved["temperature"] = torch.tensor(self.temperature)
         return saved | {f"multipliers.{kind}": target.multipliers for kind, target in self.targets.items()}
 
     @torch.no_grad()
-    def load_tensors(self, saved: dict[str, Tensor]) -> None:
+    def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Continues from `tensors()`."""
+        if not self.gates:
+            return
         for name, gate in self.gates.items():
             gate.logits.copy_(saved[f"logits.{name}"])
         for kind, target in self.targets.items():
@@ -174,15 +180,16 @@ class Gating:
 
     def _install(self, layer: int, mixer: GatedMixer, order: Tensor) -> None:
         inner, n = self.model.config.d_inner[layer], self.model.config.d_state[layer]
-        if self.config.target_sparsity > 0:
+        learns = self.config.gate_ranking == "learned"
+        if learns and self.config.target_sparsity > 0:
             unit_of = block_of_channel(order, self.block) if self.block > 1 else None
             logits = torch.full((inner // self.block,), INITIAL_LOGIT)
             mixer.channel_gate = LearnedGate(logits, unit_of, self.config.gate_estimator)
             self.channel_gates.append(mixer.channel_gate)
-        if self.config.target_state_sparsity > 0:
+        if self.config.state_ranking == "learned" and self.config.target_state_sparsity > 0:
             mixer.state_gate = LearnedGate(torch.full((n,), INITIAL_LOGIT), None, self.config.gate_estimator)
             self.state_gates.append(mixer.state_gate)
-        for target in self.config.mask_targets if self.config.weight_mask != "none" else ():
+        for target in self.config.mask_targets if learns and self.config.weight_mask != "none" else ():
             projection = getattr(mixer, target)
             # always zero or one: a fractional weight mask would be a change of weights, not a mask
             gate = LearnedGate(initial_mask_logits(projection.weight), None, "gumbel_sigmoid")

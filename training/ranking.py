@@ -1,13 +1,12 @@
-"""Pillar 2 without learning: cuts by magnitude, by activations or at random, the baselines of learned gates.
+"""Pillar 2 without learning: cuts by magnitude, by activations or at random.
 
-In the gate phase the weights train on as in the dense one; at its end the same exact widths are cut as learned gates
-would have. So all rankings have an equal budget.
+Without a learned gate the weights train on in the gate phase as in the dense one; at its end the same exact widths are
+cut as learned gates would have. So all rankings have an equal budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from training.gates import block_of_channel
 from training.gating import mixers_of
 from training.parts import Place
 from training.recompute import is_recomputing
-from training.sparsity import masking_statistics
 from training.team import ALONE, Team
 from yunmin.axes import layer_prefix
 from yunmin.errors import TrainingError
@@ -31,14 +29,18 @@ _OBSERVED_FROM = 0.8  # activations are observed in the last fifth of the gate p
 
 
 class Ranking:
-    """Decides at the end of the gate phase what is cut; has the methods of `Gating`.
+    """Decides at the end of the gate phase which of the units without learned gates are cut.
+
+    Attributes:
+        has_channels: whether channels are ranked.
+        has_states: whether states are.
+        place: of the sequences in the batch that come next.
 
     Args:
         model: built with `GatedMixer`; gets observers while activations are measured.
-        config: ranking, targets and multiples.
+        config: rankings, targets and multiples.
         generator: of random scores.
         team: that trains together.
-
     """
 
     def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
@@ -47,35 +49,30 @@ class Ranking:
         self.config = config
         self.steps = 0
         self.place: Place | None = None
-        widths, states = model.config.d_inner, model.config.d_state
-        if config.gate_ranking == "random":  # drawn now, so that checkpoints of the phase hold them
-            self.channels = [torch.rand(d, generator=generator, dtype=torch.float64) for d in widths]
-            self.states = [torch.rand(n, generator=generator, dtype=torch.float64) for n in states]
-        else:
-            self.channels = [torch.zeros(d, dtype=torch.float64) for d in widths]
-            self.states = [torch.zeros(n, dtype=torch.float64) for n in states]
+        self.has_channels = config.gate_ranking != "learned" and config.target_sparsity > 0
+        self.has_states = config.state_ranking != "learned" and config.target_state_sparsity > 0
+        # random ones are drawn now, so that checkpoints of the phase hold them
+        self.channels = _scores(self.has_channels and config.gate_ranking == "random", model.config.d_inner, generator)
+        self.states = _scores(self.has_states and config.state_ranking == "random", model.config.d_state, generator)
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     # --- the steps of the gate phase ------------------------------------------------------------------------------
 
-    def sample(self, progress: float, _generator: torch.Generator) -> None:
-        """Samples nothing; observes activations near the end of the phase where they decide."""
-        if self.config.gate_ranking == "activation" and progress >= _OBSERVED_FROM and not self._handles:
+    @property
+    def _is_by_activations(self) -> bool:
+        rankings = (self.has_channels and self.config.gate_ranking, self.has_states and self.config.state_ranking)
+        return "activation" in rankings
+
+    def observe(self, progress: float) -> None:
+        """Observes activations near the end of the phase, at a point of it from 0 to 1, where they decide."""
+        if self._is_by_activations and progress >= _OBSERVED_FROM and not self._handles:
             self._handles = [
                 mixer.x_proj.register_forward_hook(self._observer(layer, mixer))
                 for layer, mixer in enumerate(mixers_of(self.model))
             ]
 
-    def show(self, place: Place) -> None:
-        """Says which sequences of the batch come next."""
-        self.place = place
-
-    def penalty(self) -> Tensor:
-        """Zero: nothing pulls the weights towards a sparsity."""
-        return torch.zeros((), device=self.model.device)
-
-    def ascend(self) -> None:
+    def collect(self) -> None:
         """Adds what the step's activations showed."""
         for layer, (channels, states) in self._seen.items():
             self.channels[layer] += self.team.total(channels).cpu()
@@ -83,56 +80,50 @@ class Ranking:
         self.steps += bool(self._seen)
         self._seen.clear()
 
-    @contextmanager
-    def deterministic(self) -> Iterator[None]:
-        """Within it, nothing is observed."""
-        self._detach()
-        yield
+    def detach(self) -> None:
+        """Stops observing; `observe` begins again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
-    def regroup(self, scan_order: Sequence[Tensor]) -> None:
-        """Blocks form at the cut, so there is nothing to do."""
-
-    # --- what is known --------------------------------------------------------------------------------------------
-
-    def statistics(self) -> dict[str, float | list[float]]:
-        """Nothing is cut yet; see `masking_statistics`."""
-        channels, states, _ = self.current()
-        return masking_statistics(self.model.config, channels, [s.sum() for s in states], self.config.sparsity_unit)
-
-    def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
-        """All gates are open, and there are no masks."""
-        config = self.model.config
-        return tuple(torch.ones(d) for d in config.d_inner), tuple(torch.ones(n) for n in config.d_state), {}
+    # --- what a checkpoint keeps ----------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: random scores, or sums of what was observed."""
+        """Random scores, or sums of what was observed."""
+        if not self.has_channels and not self.has_states:
+            return {}
         saved = {f"ranking.channel.{layer}": scores for layer, scores in enumerate(self.channels)}
         saved |= {f"ranking.state.{layer}": scores for layer, scores in enumerate(self.states)}
         return saved | {"ranking.steps": torch.tensor(self.steps)}
 
     def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Continues from `tensors()`."""
+        if not self.has_channels and not self.has_states:
+            return
         self.channels = [saved[f"ranking.channel.{layer}"].clone() for layer in range(len(self.channels))]
         self.states = [saved[f"ranking.state.{layer}"].clone() for layer in range(len(self.states))]
         self.steps = int(saved["ranking.steps"])
 
     # --- the cut --------------------------------------------------------------------------------------------------
 
-    def choose(self, scan_order: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Exact widths: gates (D,) and (N,) per layer that keep the best channels, or blocks in scan order, and states.
+    def choose_channels(self, scan_order: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gates (D,) per layer that keep the best channels, or blocks in scan order; exact widths.
 
         Raises:
             TrainingError: activations decide, and none was seen.
         """
-        self._detach()
-        if self.config.gate_ranking == "activation" and self.steps == 0:
-            raise TrainingError("gate_ranking: no activations were seen: the gate phase is too short")
-        config, model = self.config, self.model.config
-        units = [block_of_channel(order, gate_block(config)) for order in scan_order]
+        units = [block_of_channel(order, gate_block(self.config)) for order in scan_order]
         scores = [_by_unit(s, unit) for s, unit in zip(self._channel_scores(), units, strict=True)]
-        kept = choose_channels(model, config, scores)
-        channels = tuple(k[unit].float() for k, unit in zip(kept, units, strict=True))
-        return channels, tuple(k.float() for k in choose_states(model, config, self._state_scores()))
+        kept = choose_channels(self.model.config, self.config, scores)
+        return tuple(k[unit].float() for k, unit in zip(kept, units, strict=True))
+
+    def choose_states(self) -> tuple[Tensor, ...]:
+        """Gates (N,) per layer that keep the best states; exact numbers.
+
+        Raises:
+            TrainingError: activations decide, and none was seen.
+        """
+        return tuple(kept.float() for kept in choose_states(self.model.config, self.config, self._state_scores()))
 
     def mask_scores(self) -> dict[str, Tensor]:
         """The magnitudes of the weights of each masked projection, by its name."""
@@ -148,6 +139,7 @@ class Ranking:
             case "magnitude":
                 return [channel_squares(mixer) for mixer in mixers_of(self.model)]
             case "activation":
+                self._check_seen("gate_ranking")
                 return [
                     seen.square() * _squares(mixer.out_proj.weight, 1)
                     for seen, mixer in zip(self.channels, mixers_of(self.model), strict=True)
@@ -156,9 +148,15 @@ class Ranking:
                 return self.channels
 
     def _state_scores(self) -> list[Tensor]:
-        if self.config.gate_ranking == "magnitude":
+        if self.config.state_ranking == "magnitude":
             return [state_squares(mixer) for mixer in mixers_of(self.model)]
+        if self.config.state_ranking == "activation":
+            self._check_seen("state_ranking")
         return self.states
+
+    def _check_seen(self, key: str) -> None:
+        if self.steps == 0:
+            raise TrainingError(f"{key}: no activations were seen: the gate phase is too short")
 
     def _observer(self, layer: int, mixer: GatedMixer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def observe(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -173,11 +171,6 @@ class Ranking:
                 self._seen[layer] = (channels + x.abs().sum(0), states + reach)
 
         return observe
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 @torch.no_grad()
@@ -206,6 +199,13 @@ def state_gains(mixer: GatedMixer) -> Tensor:
     """
     delta = F.softplus(mixer.dt_proj.bias.double())[:, None]  # (D, 1)
     return (delta / -torch.expm1(-delta * mixer.A_log.double().exp())).mean(0)
+
+
+def _scores(is_random: bool, widths: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+    """Scores to begin with, per layer: random ones, or sums of nothing."""
+    if is_random:
+        return [torch.rand(width, generator=generator, dtype=torch.float64) for width in widths]
+    return [torch.zeros(width, dtype=torch.float64) for width in widths]
 
 
 def _squares(weight: Tensor, axis: int) -> Tensor:

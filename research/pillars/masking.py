@@ -133,5 +133,5 @@ def _of_seed(study: Study, seed: int) -> Iterator[tuple[str | None, str | None, 
     yield None, None, study.adapted(seed, uncut, "masking, no cut")
     for cut in _CONFIRMED if study.size == "10m" else CUTS:
         for ranking in RANKINGS:
-            options = {**_OPTIONS, **CUTS[cut], "gate_ranking": ranking}
+            options = {**_OPTIONS, **CUTS[cut], "gate_ranking": ranking, "state_ranking": ranking}
             yield cut, ranking, study.adapted(seed, options, f"masking, {cut}, {ranking}")

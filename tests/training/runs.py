@@ -39,6 +39,7 @@ SMALL: dict[str, Any] = {
     "scan_objective": "correlation",
     "scan_gradient_weighted": True,
     "target_state_sparsity": 0.5,
+    "state_ranking": "learned",
     "channel_gates": "block",
     "gate_block_size": 8,
     "channel_multiple": 8,
@@ -71,6 +72,9 @@ def frozen(
     gating: Gating | Ranking, scan_order: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
     """Channel gates, state gates and weight masks as the gate phase ends with them."""
-    channels, states = gating.choose(scan_order)
+    if isinstance(gating, Gating):
+        channels, states = gating.choose()
+    else:
+        channels, states = gating.choose_channels(scan_order), gating.choose_states()
     model, config = gating.model.config, gating.config
     return channels, states, exact_masks(model, config, gating.mask_scores(), channels, states, scan_order)

@@ -29,8 +29,14 @@ from yunmin.trained import load_trained
 
 
 def small_run(**options: Any) -> TrainingConfig:
-    values = {"channel_multiple": 8, "gate_block_size": 8, "scan_update_frequency": 3, "peft_dropout": 0.0}
-    return parse_config(values | {"target_state_sparsity": 0.5, "learning_rate": 3e-3} | options)
+    values: dict[str, Any] = {
+        "channel_multiple": 8,
+        "gate_block_size": 8,
+        "scan_update_frequency": 3,
+        "peft_dropout": 0.0,
+    }
+    values |= {"target_state_sparsity": 0.5, "state_ranking": "learned", "learning_rate": 3e-3, "peft_dropout": 0.0}
+    return parse_config(values | options)
 
 
 class Run:
@@ -77,6 +83,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"enable_masking": False, "scan_objective": "correlation", "scan_gradient_weighted": True},
     {"scan_objective": "quantization", "channel_gates": "block"},
     {"scan_objective": "saliency", "channel_gates": "block"},
+    {"state_ranking": "activation"},
     {"importance": "probability", "target_state_sparsity": 0.0, "enable_ia3": False},
 ]
 

@@ -177,7 +177,12 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 
 
 def gating(**options: object) -> Gating:
-    values = {"channel_multiple": 8, "gate_block_size": 8, "target_state_sparsity": 0.5} | options
+    values = {
+        "channel_multiple": 8,
+        "gate_block_size": 8,
+        "target_state_sparsity": 0.5,
+        "state_ranking": "learned",
+    } | options
     model = random_model(small_config(), mixer=GatedMixer)
     rng = torch.Generator().manual_seed(0)
     orders = [torch.randperm(inner, generator=rng) for inner in model.config.d_inner]
@@ -236,7 +241,7 @@ def test_gates_leave_the_checkpoints_tensors_alone() -> None:
 
 
 def test_only_what_has_a_target_gets_gates() -> None:
-    config = parse_config({"target_sparsity": 0.0, "target_state_sparsity": 0.5, "channel_multiple": 64})
+    config = parse_config({"target_sparsity": 0.0, "target_state_sparsity": 0.5, "state_ranking": "learned"})
     model = random_model(mixer=GatedMixer)
     gating = Gating(model, config, [torch.arange(d) for d in model.config.d_inner])
     assert set(gating.expected_sparsity()) == {"states"}
