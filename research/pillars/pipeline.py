@@ -29,18 +29,20 @@ KEEPS = True  # whether artifacts are needed to measure further
 ADAPTS = True  # whether anything is trained after the base models
 REFERENCE = "dense"
 RATES = (1e-3, 3e-3)
+_PILLARS: dict[str, Any] = {
+    "scan_update_frequency": 40,
+    "dense_share": 0.1,
+    "gate_share": 0.35,
+    "recover_share": 0.4,
+    "adapter_share": 0.15,
+    "target_state_sparsity": 0.5,
+    "adapter_learning_rate": 3e-3,
+    "peft_dropout": 0.0,
+}
 WAYS: dict[str, Mapping[str, Any]] = {
     "dense": NO_PILLARS,
-    "three pillars": {
-        "scan_update_frequency": 40,
-        "dense_share": 0.1,
-        "gate_share": 0.35,
-        "recover_share": 0.4,
-        "adapter_share": 0.15,
-        "target_sparsity": 0.5,
-        "adapter_learning_rate": 3e-3,
-        "peft_dropout": 0.0,
-    },
+    "three pillars, 25 % cut": {**_PILLARS, "target_sparsity": 0.25},
+    "three pillars, 50 % cut": {**_PILLARS, "target_sparsity": 0.5},
 }
 _STORED: dict[Format, str] = {"none": "float32", "int8": "int8", "int4": "int4"}
 _PROMPT_TOKENS, _NEW_TOKENS, _ROUNDS = 256, 64, 7
