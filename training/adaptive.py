@@ -47,8 +47,7 @@ class AdaptiveModel:
     """
 
     def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
-        if config.enable_masking:
-            check_widths(model.config, config)
+        check_widths(model.config, config)
         self.model = model
         self.team = team
         self.config = config

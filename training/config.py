@@ -112,12 +112,14 @@ class TrainingConfig(BaseModel):
     )
 
     # pillar 2: masking
-    enable_masking: bool = Field(True, description="learn gates, then cut")
+    enable_masking: bool = Field(True, description="learn or rank what matters, then cut")
     target_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.3, description="share of inner channels to cut")
     target_state_sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of states to cut")
     sparsity_unit: Literal["parameters", "flops", "bytes"] = Field("parameters", description="what sparsity counts")
     gate_ranking: Literal["learned", "magnitude", "activation", "random"] = Field(
-        "learned", description="what decides which channels are kept; all but learned cut without gates"
+        "learned",
+        description="what decides which channels are kept; all but learned cut without gates, and mask weights by "
+        "magnitude",
     )
     state_ranking: Literal["learned", "magnitude", "activation", "random"] = Field(
         "activation", description="what decides which states are kept"
@@ -185,7 +187,7 @@ class TrainingConfig(BaseModel):
 
     @property
     def order_objective(self) -> Literal["correlation", "quantization", "n:m", "saliency"]:
-        """What orders are solved for: what lost least to the masks and rounding at hand (docs/pillars.md)."""
+        """What orders are solved for; docs/pillars.md has the measurements behind `auto`."""
         if self.scan_objective != "auto":
             return self.scan_objective
         has_groups = self.enable_masking and self.weight_mask == "n:m"

@@ -20,11 +20,22 @@ def gate_block(config: TrainingConfig) -> int:
 
 
 def check_widths(model: MambaConfig, config: TrainingConfig) -> None:
-    """Checks that every layer can be cut as configured.
+    """Checks that every layer can be cut, masked and ordered as configured.
 
     Raises:
         ConfigError: blocks, multiples or N:M groups do not fit the layers' widths.
     """
+    if config.enable_masking:
+        _check_cut(model, config)
+    masked = config.mask_targets if config.enable_masking and config.weight_mask == "n:m" else ()
+    ordered = ("out_proj",) if config.scan_mode != "none" and config.order_objective == "n:m" else ()
+    for target in (*masked, *ordered):
+        for columns in _columns(model, config, target):
+            if columns % config.mask_m:
+                raise ConfigError(f"mask_m: {config.mask_m} does not divide the {columns} input channels of {target}")
+
+
+def _check_cut(model: MambaConfig, config: TrainingConfig) -> None:
     block = gate_block(config)
     if config.channel_multiple % block:
         raise ConfigError(f"channel_multiple: must be a multiple of gate_block_size {block}")
@@ -33,10 +44,6 @@ def check_widths(model: MambaConfig, config: TrainingConfig) -> None:
             kept_channels(width, config.target_sparsity, config.channel_multiple)
         if width % block:
             raise ConfigError(f"gate_block_size: must divide the inner width {width}, got {block}")
-    for target in config.mask_targets if config.weight_mask == "n:m" else ():
-        for columns in _columns(model, config, target):
-            if columns % config.mask_m:
-                raise ConfigError(f"mask_m: {config.mask_m} does not divide the {columns} input channels of {target}")
 
 
 def _columns(model: MambaConfig, config: TrainingConfig, target: str) -> list[int]:
@@ -44,7 +51,7 @@ def _columns(model: MambaConfig, config: TrainingConfig, target: str) -> list[in
     if target in ("in_proj", "dt_proj"):
         return [model.d_model if target == "in_proj" else model.dt_rank]
     widths = list(model.d_inner)
-    if config.target_sparsity == 0:
+    if not config.enable_masking or config.target_sparsity == 0:
         return widths
     if not config.uniform_widths:
         return [*widths, config.channel_multiple]

@@ -124,9 +124,9 @@ class Gating:
         values = masking_statistics(self.model.config, channels, states, self.config.sparsity_unit)
         expected = self.expected_sparsity()
         values |= {f"{kind}_sparsity": float(s.detach()) for kind, s in expected.items() if kind != "channels"}
-        if self.gates:
-            values |= {"target": self.targets["channels"].target, "temperature": self.temperature}
-        return values
+        if self.channel_gates:
+            values["target"] = self.targets["channels"].target
+        return values | ({"temperature": self.temperature} if self.gates else {})
 
     def current(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, Tensor]]:
         """Channel gates, state gates and weight masks (by weight name) as they would act without noise now."""

@@ -31,8 +31,9 @@ class PhaseSpan:
     stop: int
 
     def progress(self, step: int) -> float:
-        """Where a step lies in its phase: 0 at the first, 1 at the last."""
-        return (step - self.start) / max(1, self.stop - self.start - 1)
+        """Where a step lies in its phase: 0 at the first, 1 at the last, or at the only one."""
+        last = self.stop - 1
+        return 1.0 if step == last else (step - self.start) / (last - self.start)
 
 
 def plan_phases(config: TrainingConfig, total_steps: int) -> tuple[PhaseSpan, ...]:

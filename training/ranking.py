@@ -60,13 +60,16 @@ class Ranking:
     # --- the steps of the gate phase ------------------------------------------------------------------------------
 
     @property
-    def _is_by_activations(self) -> bool:
-        rankings = (self.has_channels and self.config.gate_ranking, self.has_states and self.config.state_ranking)
-        return "activation" in rankings
+    def _by_activations(self) -> tuple[bool, bool]:
+        """Whether activations rank channels, and states."""
+        return (
+            self.has_channels and self.config.gate_ranking == "activation",
+            self.has_states and self.config.state_ranking == "activation",
+        )
 
     def observe(self, progress: float) -> None:
         """Observes activations near the end of the phase, at a point of it from 0 to 1, where they decide."""
-        if self._is_by_activations and progress >= _OBSERVED_FROM and not self._handles:
+        if any(self._by_activations) and progress >= _OBSERVED_FROM and not self._handles:
             self._handles = [
                 mixer.x_proj.register_forward_hook(self._observer(layer, mixer))
                 for layer, mixer in enumerate(mixers_of(self.model))
@@ -75,8 +78,10 @@ class Ranking:
     def collect(self) -> None:
         """Adds what the step's activations showed."""
         for layer, (channels, states) in self._seen.items():
-            self.channels[layer] += self.team.total(channels).cpu()
-            self.states[layer] += self.team.total(states).cpu()
+            if self._by_activations[0]:
+                self.channels[layer] += self.team.total(channels).cpu()
+            if self._by_activations[1]:
+                self.states[layer] += self.team.total(states).cpu()
         self.steps += bool(self._seen)
         self._seen.clear()
 

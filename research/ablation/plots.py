@@ -79,8 +79,8 @@ PLOTS = (
     Plot(
         "scan_correlation",
         "Correlation of neighbours in scan order",
-        "Mean |correlation| of the activations of neighbouring channels, as they started and in the learned order; "
-        "lines reach from the smallest to the largest experiment.",
+        "Mean |correlation| of the activations of neighbouring channels, as they started and in the learned order, "
+        "whatever it was solved for; lines reach from the smallest to the largest experiment.",
         draw_correlation,
     ),
 )

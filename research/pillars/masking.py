@@ -100,7 +100,7 @@ def blocks(found: dict[str, Any]) -> list[Block]:
             f"After recovery, on the test text; without a cut {dense:.2f}. Cuts leave multiples of {_MULTIPLE} "
             f"channels: gone are {words.listed(real)}.",
         ),
-        _table(lines(found, "before"), "Before recovery, on the tuning text; p-values are corrected over this table."),
+        _table(lines(found, "before"), "Before recovery, on the tuning text."),
     ]
 
 

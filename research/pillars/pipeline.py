@@ -112,11 +112,11 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
 
 def _training(found: Mapping[str, Any]) -> str:
     """Learning rates, and what is trained by phase."""
-    said = []
+    told = []
     for way in WAYS:
         phases = [f"{count:,} ({phase})" for phase, count in found["trainable"][way].items()]
-        said.append(f"{way} with a learning rate of {found['rate'][way]:g} {words.listed(phases)}")
-    return f"Trained numbers: {'; '.join(said)}."
+        told.append(f"{way}, learning rate {found['rate'][way]:g}: {words.listed(phases)}")
+    return f"Trained numbers by phase: {'; '.join(told)}."
 
 
 def plot(found: Mapping[str, Any], axes: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from research.studies.experiments import Experiment, Laboratory
+from yunmin.errors import TrainingError
 
 _FACTOR = 3.0  # between rates that are tried beyond the first ones
 _MOST = 7
@@ -46,19 +48,24 @@ def search_rate(
 
     Returns:
         The experiments to be run, and the best rate once it is known.
+
+    Raises:
+        TrainingError: training diverges at all rates.
     """
-    tried = {rate: experiment_at(rate) for rate in rates}
+    tried = {rate: replace(experiment_at(rate), may_diverge=True) for rate in rates}
     while True:
         tuned = {rate: _tuned(experiment, laboratory) for rate, experiment in tried.items()}
         known = {rate: perplexity for rate, perplexity in tuned.items() if perplexity is not None}
         if len(known) < len(tried):
             return list(tried.values()), None
-        best = min(known, key=known.__getitem__)
+        best = min(known, key=lambda rate: (known[rate], rate))
+        if math.isinf(known[best]) and len(tried) >= _MOST:
+            raise TrainingError(f"{tried[best].label}: training diverges at every learning rate down to {min(tried):g}")
         further = {max(tried): best * _FACTOR, min(tried): best / _FACTOR}.get(best)
         if further is None or len(tried) >= _MOST:
             return list(tried.values()), best
         rate = float(f"{further:.1g}")
-        tried[rate] = experiment_at(rate)
+        tried[rate] = replace(experiment_at(rate), may_diverge=True)
 
 
 def _tuned(experiment: Experiment, laboratory: Laboratory) -> float | None:

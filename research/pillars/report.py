@@ -43,7 +43,7 @@ def page(module_name: str, found: Mapping[str, Any], image: str) -> list[Block]:
         f"{trained}, all of {s['window']} tokens. Texts to train on, to tune by and to report on are different "
         "documents, or different parts where there are few (in brackets, how the SHA-256 of the first begins); "
         f"{scored}. Changes are means over seeds of paired differences of log-perplexity, intervals Student's t, "
-        "p-values of paired t-tests with Holm's correction over all tests of the comparison."
+        "p-values of paired t-tests with Holm's correction over all tests of a table."
     )
     return [
         Paragraph(module.QUESTION),

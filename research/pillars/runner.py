@@ -44,7 +44,8 @@ def run_comparison(module_name: str, study: Study, workers: int, progress: Progr
         if not crew.run(wanted, laboratory, keep=module.KEEPS):
             break
     found = module.collect(study, laboratory)
-    scored = laboratory.run(wanted[0])["test"]["tokens"]  # there may be fewer than were asked for
+    results = (laboratory.result(experiment) for experiment in wanted)
+    scored = next(result["test"]["tokens"] for result in results if result is not None)  # may be fewer than asked for
     settings = {**study.describe(), "test_tokens": scored, "adapts": module.ADAPTS}
     return {"comparison": module_name, "settings": settings, **found}
 
@@ -57,7 +58,7 @@ class _Crew:
     def run(self, experiments: list[Experiment], laboratory: Laboratory, *, keep: bool) -> bool:
         """Runs those without a result, or without an artifact that is to be kept; returns whether there were any.
 
-        One whose training diverges is given up: a search for a learning rate then takes another one.
+        One that may diverge and does is given up: a search for a learning rate then takes another one.
         """
         by_key = {
             laboratory.key(e): e
@@ -79,7 +80,7 @@ class _Crew:
                 self.progress.finished(done)
                 if done.error is None:
                     continue
-                if not done.error.startswith(DivergenceError.__name__):
+                if not (done.job.experiment.may_diverge and done.error.startswith(DivergenceError.__name__)):
                     label, key = done.job.experiment.label, done.job.key
                     raise TrainingError(f"{label}: {done.error}; {laboratory.folder / key} has the log")
                 laboratory.give_up(done.job.experiment, done.error)

@@ -132,8 +132,8 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
             rows,
             labels=2,
             note=f"Test perplexity; without rounding, masks or cuts it is {exact:.2f} in every order. Changes are "
-            f"against the order as trained. Cutting single channels instead of blocks gives {single}: blocks of "
-            "channels in order of saliency are nearly those channels.",
+            f"against the order as trained. Cutting single channels instead of blocks gives {single}; blocks of "
+            "channels in order of saliency are to be read beside that.",
         ),
         Table(
             ("order", "magnitude kept by 2:4 masks", "least and most of the seeds"),

@@ -33,7 +33,7 @@ from training.trainer import TrainingResult
 from yunmin import __version__
 from yunmin.artifact import load_artifact
 from yunmin.corpus import read_documents, texts_of
-from yunmin.errors import ConfigError, YunminError
+from yunmin.errors import ConfigError, DivergenceError, YunminError
 from yunmin.files import atomic_file, sha256_file, write_json
 from yunmin.machine import machine_facts, memory_bytes, reset_peak_memory
 from yunmin.memory import trim_heap
@@ -66,12 +66,14 @@ class Experiment:
         start: the experiment whose artifact this one starts from; None starts where `training` says.
         quantize: how the artifact is stored.
         label: for people; no part of the key.
+        may_diverge: whether that is an answer, as in a search for a learning rate; no part of the key.
     """
 
     training: Mapping[str, Any]
     start: Experiment | None = None
     quantize: Format = "none"
     label: str = field(default="", compare=False)
+    may_diverge: bool = field(default=False, compare=False)
 
     def config(self) -> TrainingConfig:
         """The configuration, validated.
@@ -147,8 +149,12 @@ class Laboratory:
 
         Raises:
             Interrupted: a signal ended it; the next call goes on.
+            DivergenceError: it diverged before, and was given up.
             YunminError: as training, export and measuring say.
         """
+        failure = self.failure(experiment)
+        if failure is not None:
+            raise DivergenceError(f"{experiment.label}: {failure}")
         folder = self.folder / self.key(experiment)
         with locked(folder):
             found = read_result(folder / self.result_file)
@@ -215,17 +221,22 @@ class Laboratory:
         return result
 
     def _train(self, experiment: Experiment, folder: Path) -> dict[str, Any]:
-        """Trains, or goes on; seconds are those of all calls, the peak of memory is the highest of them."""
+        """Trains, or goes on; seconds are those of all calls, the peak of memory is the highest of them.
+
+        Of a call that was killed the seconds are lost, and so is the peak, which then is None.
+        """
         self.report(f"{experiment.label}: training")
         before = read_result(folder / CALLS_FILE) if checkpoints_of(folder / "run") else None
         calls = before or {"training_memory_bytes": 0, "seconds": 0.0}
+        write_result(folder / CALLS_FILE, {**calls, "training_memory_bytes": None})  # unknown if this call is killed
         trim_heap()  # what an earlier experiment left would be used again, and would not show
         reset_peak_memory()
         resident, _ = memory_bytes()
         begun = time.perf_counter()
         with (folder / "train.log").open("a", encoding="utf-8") as log, redirect_stderr(log):
             trained = self._trained(experiment, folder / "run")
-        calls["training_memory_bytes"] = max(calls["training_memory_bytes"], memory_bytes()[1] - resident)
+        if calls["training_memory_bytes"] is not None:
+            calls["training_memory_bytes"] = max(calls["training_memory_bytes"], memory_bytes()[1] - resident)
         calls["seconds"] += time.perf_counter() - begun
         if trained.interrupted:
             write_result(folder / CALLS_FILE, calls)

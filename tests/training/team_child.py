@@ -16,6 +16,9 @@ EQUAL: dict[str, Any] = {"peft_dropout": 0.0, "checkpoint_interval": 9}
 CUT: dict[str, Any] = {
     "gate_ranking": "activation",
     "channel_gates": "channel",
+    "state_ranking": "activation",
+    "scan_objective": "auto",
+    "scan_gradient_weighted": False,
     "adapter_parameters": 900,
     "importance_steps": 2,
     "gradient_accumulation": 2,

@@ -168,11 +168,22 @@ def test_the_gate_phase_trains_as_the_dense_one_and_a_resumed_run_cuts_the_same(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(("channels", "states"), [("random", "activation"), ("activation", "random")])
+def test_random_scores_stay_as_they_were_drawn_while_activations_are_summed(channels: str, states: str) -> None:
+    ranking = _ranking(channels, state_ranking=states)
+    before = {name: tensor.clone() for name, tensor in ranking.tensors().items()}
+    _observe(ranking)
+    same = {name.split(".")[1] for name, tensor in ranking.tensors().items() if torch.equal(tensor, before[name])}
+    assert same == {"channel" if channels == "random" else "state"}
+
+
 @pytest.mark.parametrize(("channels", "states"), [("learned", "activation"), ("activation", "learned")])
 def test_channels_and_states_are_chosen_by_different_things(
     channels: str, states: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"gate_ranking": channels, "state_ranking": states, "enable_peft": False}
+    options |= {"scan_objective": "auto", "scan_gradient_weighted": False, "weight_mask": "none"}
+    options["channel_gates"] = "block" if channels == "learned" else "channel"  # ordered by saliency, or for int4
     whole = train(small_run(tmp_path / "whole", **options))
     with monkeypatch.context() as patch:
         interrupt_after(15, patch)

@@ -24,6 +24,7 @@ _ROWS_SEARCHED = 2048  # of each stack of rows: enough to know the size of a col
 _SWEEPS = 4
 _DISTANCE = 4  # groups are compared with so many after them: sorted, the others hold weights of another size
 _SWAPS = 4  # of one pair of groups per sweep
+_LEAST_GAIN = 1e-6  # of an order, as a share of the error: less is rounding
 _SEED = 0
 
 
@@ -65,7 +66,8 @@ def quantization_order(weights: Sequence[Grouped], start: Tensor | None = None) 
     by_size = torch.argsort(search.sizes, descending=True)
     candidates = [start, by_size, search.improved(by_size)]
     errors = [sum(weight.error(order) for weight in weights) for order in candidates]
-    return candidates[min(range(len(candidates)), key=lambda i: (errors[i], i))]
+    best = min(range(len(candidates)), key=lambda i: (errors[i], i))
+    return candidates[best] if errors[best] < errors[0] * (1 - _LEAST_GAIN) else start
 
 
 class _Search:

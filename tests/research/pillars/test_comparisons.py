@@ -19,9 +19,10 @@ from research.pillars.report import page, update_section
 from research.pillars.scan_orders import EFFECTS, ORDERS, kept_in_blocks
 from research.pillars.summary import compared, said
 from research.reports.document import to_markdown
+from research.studies.experiments import Experiment
 from research.studies.jobs import run_here
 from yunmin.cli import run
-from yunmin.errors import DataError
+from yunmin.errors import DataError, TrainingError
 
 SETTINGS: dict[str, Any] = {
     "size": "2m",
@@ -132,15 +133,18 @@ def test_rates_are_tried_beyond_the_end_where_the_best_lies() -> None:
     known: dict[float, float | None] = {}  # None where it diverged
 
     class Results:
-        def result(self, rate: float) -> dict[str, Any] | None:
-            return {"validation_perplexity": {"adapters": known[rate]}} if known.get(rate) else None
+        def result(self, experiment: Experiment) -> dict[str, Any] | None:
+            perplexity = known.get(float(experiment.label))
+            return None if perplexity is None else {"validation_perplexity": {"adapters": perplexity}}
 
-        def failure(self, rate: float) -> str | None:
-            return "DivergenceError: the loss is nan" if rate in known and known[rate] is None else None
+        def failure(self, experiment: Experiment) -> str | None:
+            return "the loss is nan" if known.get(float(experiment.label), 0.0) is None else None
 
     def search() -> tuple[list[float], float | None]:
-        tried, best = search_rate((0.01, 0.03), lambda rate: rate, Results())  # type: ignore[arg-type, return-value]
-        return tried, best  # type: ignore[return-value]
+        laboratory: Any = Results()
+        tried, best = search_rate((0.01, 0.03), lambda rate: Experiment({}, label=f"{rate:g}"), laboratory)
+        assert all(experiment.may_diverge for experiment in tried)
+        return [float(experiment.label) for experiment in tried], best
 
     assert search() == ([0.01, 0.03], None)
     known |= {0.01: 5.0, 0.03: 4.0}
@@ -151,6 +155,9 @@ def test_rates_are_tried_beyond_the_end_where_the_best_lies() -> None:
     assert search() == ([0.01, 0.03, 0.09], 0.03)
     known[0.01] = 3.0
     assert search() == ([0.01, 0.03, 0.003], None)
+    known.update(dict.fromkeys((0.01, 0.03, 0.003, 0.001, 0.0003, 0.0001, 3e-5)))
+    with pytest.raises(TrainingError, match="training diverges at every learning rate down to 3e-05"):
+        search()
 
 
 def test_whole_blocks_are_kept_in_the_order_of_their_channels() -> None:

@@ -15,7 +15,7 @@ from research.studies.texts import Split, split_text
 from tests.models import TEXT
 from tests.training.runs import interrupt_after
 from yunmin.corpus import read_documents
-from yunmin.errors import ConfigError, DataError
+from yunmin.errors import ConfigError, DataError, DivergenceError
 
 SMALL: dict[str, Any] = {
     "sequence_length": 16,
@@ -51,6 +51,17 @@ def experiment(texts: Split, **changes: Any) -> Experiment:
 
 def laboratory(folder: Path, texts: Split) -> Laboratory:
     return Laboratory(folder, Measures(str(texts.test), test_tokens=100, window=32, int4=True, prompt_tokens=8))
+
+
+def test_what_diverged_is_not_trained_again(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts")
+    place, wanted = laboratory(tmp_path / "experiments", texts), experiment(texts)
+    assert place.failure(wanted) is None
+    place.give_up(wanted, "the loss is nan")
+    assert place.failure(dataclasses.replace(wanted, label="again")) == "the loss is nan"
+    with pytest.raises(DivergenceError, match="all: the loss is nan"):
+        place.run(wanted)
+    assert place.result(wanted) is None
 
 
 @pytest.fixture(scope="module")
