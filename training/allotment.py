@@ -41,7 +41,7 @@ class Allotment:
         self.probe = ImportanceProbe({name: model.get_submodule(name) for name in names}, team)
         self._spectra: dict[str, Spectrum] = {}
         probed_phase = Phase.GATES if config.enable_masking else Phase.DENSE
-        reads = config.enable_peft and config.allocation == "importance" and config.importance_steps is None
+        reads = config.enable_peft and config.allocation == "importance" and config.importance_batches == 0
         self._probed_phase = probed_phase if reads else None
 
     # --- measuring ------------------------------------------------------------------------------------------------
@@ -71,8 +71,7 @@ class Allotment:
         """
         self.follow()
         self.probe.attach()
-        wants_spectra = self.config.importance == "spectrum" or self.config.lora_init == "gradient"
-        spectrum = SpectrumProbe(self.probe.projections, self.team) if wants_spectra else None
+        spectrum = SpectrumProbe(self.probe.projections, self.team) if self.config.needs_spectra else None
         if spectrum is not None:
             spectrum.attach()
         for losses in batches:

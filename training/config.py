@@ -17,6 +17,7 @@ PROJECTION_GROUPS = {
     "s6": ("x_proj", "dt_proj"),
     "all": ("in_proj", "x_proj", "dt_proj", "out_proj"),
 }
+_SPECTRUM_BATCHES = 20  # docs/pillars.md
 _GATE_MEASURES = ("probability", "magnitude")  # of importance
 RECORD_KEYS = (
     "log_interval",
@@ -158,11 +159,11 @@ class TrainingConfig(BaseModel):
     lora_share: Share = Field(0.4, description="share of projections, the most important ones, that get LoRA")
     ia3_share: Share = Field(0.4, description="share of projections, the next ones, that get IA3")
     lora_targets: tuple[Literal["in_proj", "x_proj", "dt_proj", "out_proj"], ...] = Field(
-        ("in_proj", "x_proj", "dt_proj"),
+        ("in_proj", "x_proj", "dt_proj", "out_proj"),
         description="projections that may get LoRA; linear: in_proj, out_proj; s6: x_proj, dt_proj; all",
     )
     importance: Literal["gradient", "spectrum", "probability", "magnitude"] = Field(
-        "gradient",
+        "spectrum",
         description="what ranks projections; spectrum also gives each the rank of LoRA that its gradient is worth",
     )
     lora_init: Literal["random", "gradient"] = Field(
@@ -170,7 +171,8 @@ class TrainingConfig(BaseModel):
     )
     importance_steps: Count | None = Field(
         None,
-        description="batches, before adapters, that measure importance with frozen weights; none: earlier phases do",
+        description="batches, before adapters, that measure importance with frozen weights; none: 20 for spectra, else "
+        "earlier phases measure",
     )
 
     # records
@@ -195,6 +197,16 @@ class TrainingConfig(BaseModel):
             return "n:m"
         has_blocks = self.enable_masking and self.channel_gates == "block" and self.target_sparsity > 0
         return "saliency" if has_blocks else "quantization"
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether adapters go by the gradients of the frozen weights."""
+        return self.lora_init == "gradient" or (self.importance == "spectrum" and self.allocation == "importance")
+
+    @property
+    def importance_batches(self) -> int:
+        """Batches that importance is measured with right before the adapters; 0 where earlier phases measure it."""
+        return self.importance_steps or (_SPECTRUM_BATCHES if self.needs_spectra else 0)
 
     @field_validator("data", "validation_data", "mask_targets", mode="before")
     @classmethod
@@ -232,18 +244,12 @@ class TrainingConfig(BaseModel):
             raise ValueError(f"importance={self.importance} is a measure of channel gates, and there are none")
         if self.importance in _GATE_MEASURES and self.gate_ranking != "learned":
             raise ValueError(f"importance={self.importance} is a measure of gates, gate_ranking must be learned")
-        needs_gradients = self.lora_init == "gradient" or (
-            self.importance == "spectrum" and self.allocation == "importance"
-        )
-        if needs_gradients and self.importance_steps is None and self.enable_peft:
-            key = "lora_init=gradient" if self.lora_init == "gradient" else "importance=spectrum"
-            raise ValueError(f"{key} needs importance_steps, the batches to measure gradients with")
         ranks_gradients = self.importance == "gradient" and self.allocation == "importance"
-        if self.importance_steps and not (needs_gradients or ranks_gradients):
+        if self.importance_steps and not (self.needs_spectra or ranks_gradients):
             raise ValueError(
                 "importance_steps is for allocation=importance by gradient or spectrum, or for lora_init=gradient"
             )
-        is_measured = self.allocation != "importance" or self.importance_steps is not None
+        is_measured = self.allocation != "importance" or self.importance_batches > 0
         if self.enable_peft and not self.enable_masking and self.dense_share == 0 and not is_measured:
             raise ValueError(
                 "enable_peft without enable_masking needs dense_share > 0 to measure importance in, or importance_steps"

@@ -188,7 +188,7 @@ class Trainer:
                 yield part.share * mean_cross_entropy(logits, part.labels)
 
         self.adaptive.model.train()
-        return (losses(self.step + ahead) for ahead in range(self.config.importance_steps or 0))
+        return (losses(self.step + ahead) for ahead in range(self.config.importance_batches))
 
     def _reassemble(self) -> None:
         """Puts a model in one piece in place of a sharded one, as if resumed from a checkpoint."""

@@ -44,6 +44,7 @@ SMALL: dict[str, Any] = {
     "gate_block_size": 8,
     "channel_multiple": 8,
     "weight_mask": "n:m",
+    "importance": "gradient",
     "peft_r": 3,
     "log_interval": 2,
     "keep_checkpoints": 20,

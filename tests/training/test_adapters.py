@@ -189,7 +189,10 @@ def test_weights_that_train_no_longer_keep_no_gradients() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_masking": False, "dense_share": 0}, "to measure importance in, or importance_steps"),
+        (
+            {"enable_masking": False, "dense_share": 0, "importance": "gradient"},
+            "to measure importance in, or importance_steps",
+        ),
         ({"importance_steps": 2, "importance": "magnitude"}, "importance_steps is for allocation=importance"),
     ],
 )

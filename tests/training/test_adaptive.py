@@ -30,6 +30,7 @@ from yunmin.trained import load_trained
 
 def small_run(**options: Any) -> TrainingConfig:
     values: dict[str, Any] = {"channel_multiple": 8, "gate_block_size": 8, "scan_update_frequency": 3}
+    values["importance"] = "gradient"
     values |= {"target_state_sparsity": 0.5, "state_ranking": "learned", "learning_rate": 3e-3, "peft_dropout": 0.0}
     return parse_config(values | options)
 
@@ -201,7 +202,9 @@ def test_allocation_follows_importance_and_spares_masked_projections() -> None:
     names = [f"backbone.layers.{i}.mixer.{p}" for i in range(5) for p in ("in_proj", "out_proj")]
     scores = {name: float(10 - rank) for rank, name in enumerate(names)}
     masked = {names[2]}
-    allocation = allocate(scores, parse_config({"lora_share": 0.2, "ia3_share": 0.3}), masked)
+    allocation = allocate(
+        scores, parse_config({"lora_share": 0.2, "ia3_share": 0.3, "lora_targets": "in_proj"}), masked
+    )
     assert allocation.lora == (names[0], names[4])  # out_proj is no LoRA target, names[2] is masked
     assert allocation.ia3 == (names[1], names[2], names[3])
     assert allocation.frozen == tuple(names[5:])

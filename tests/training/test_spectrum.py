@@ -120,13 +120,21 @@ def test_a_run_by_spectra_is_exported_as_it_was_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "batches"),
     [
-        ({"lora_init": "gradient"}, "lora_init=gradient needs importance_steps"),
-        ({"importance": "spectrum"}, "importance=spectrum needs importance_steps"),
-        ({"importance_steps": 2, "allocation": "uniform"}, "importance_steps is for allocation=importance"),
+        ({}, 20),
+        ({"importance_steps": 2}, 2),
+        ({"importance": "gradient"}, 0),
+        ({"importance": "gradient", "importance_steps": 2}, 2),
+        ({"importance": "gradient", "lora_init": "gradient"}, 20),
+        ({"allocation": "uniform"}, 0),
+        ({"allocation": "uniform", "lora_init": "gradient", "importance_steps": 3}, 3),
     ],
 )
-def test_measures_that_cannot_be_taken_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_config(options)
+def test_batches_are_looked_at_where_frozen_weights_decide(options: dict[str, Any], batches: int) -> None:
+    assert parse_config(options).importance_batches == batches
+
+
+def test_a_measure_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(ConfigError, match="importance_steps is for allocation=importance"):
+        parse_config({"importance_steps": 2, "allocation": "uniform", "lora_init": "random"})
