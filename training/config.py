@@ -167,7 +167,7 @@ class TrainingConfig(BaseModel):
         description="what ranks projections; spectrum also gives each the rank of LoRA that its gradient is worth",
     )
     lora_init: Literal["random", "gradient"] = Field(
-        "random", description="LoRA's first directions: by chance, or those of the weights' gradients"
+        "gradient", description="LoRA's first directions: by chance, or those of the weights' gradients"
     )
     importance_steps: Count | None = Field(
         None,

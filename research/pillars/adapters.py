@@ -35,6 +35,8 @@ _PEFT: dict[str, Any] = {
     "adapter_share": 1.0,
     "lora_targets": ["in_proj", "x_proj", "dt_proj", "out_proj"],
     "peft_dropout": 0.0,
+    "importance": "gradient",
+    "lora_init": "random",
 }
 _STEPS = 20  # batches that importance is measured with
 _SHARES: dict[str, Any] = {"lora_share": 0.5, "ia3_share": 0.3}

@@ -45,6 +45,7 @@ SMALL: dict[str, Any] = {
     "channel_multiple": 8,
     "weight_mask": "n:m",
     "importance": "gradient",
+    "lora_init": "random",
     "peft_r": 3,
     "log_interval": 2,
     "keep_checkpoints": 20,

@@ -190,10 +190,13 @@ def test_weights_that_train_no_longer_keep_no_gradients() -> None:
     ("options", "message"),
     [
         (
-            {"enable_masking": False, "dense_share": 0, "importance": "gradient"},
+            {"enable_masking": False, "dense_share": 0, "importance": "gradient", "lora_init": "random"},
             "to measure importance in, or importance_steps",
         ),
-        ({"importance_steps": 2, "importance": "magnitude"}, "importance_steps is for allocation=importance"),
+        (
+            {"importance_steps": 2, "importance": "magnitude", "lora_init": "random"},
+            "importance_steps is for allocation=importance",
+        ),
     ],
 )
 def test_impossible_measures_are_refused(options: dict[str, Any], message: str) -> None:

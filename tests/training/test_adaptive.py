@@ -30,7 +30,7 @@ from yunmin.trained import load_trained
 
 def small_run(**options: Any) -> TrainingConfig:
     values: dict[str, Any] = {"channel_multiple": 8, "gate_block_size": 8, "scan_update_frequency": 3}
-    values["importance"] = "gradient"
+    values |= {"importance": "gradient", "lora_init": "random"}
     values |= {"target_state_sparsity": 0.5, "state_ranking": "learned", "learning_rate": 3e-3, "peft_dropout": 0.0}
     return parse_config(values | options)
 

@@ -124,10 +124,10 @@ def test_a_run_by_spectra_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     [
         ({}, 20),
         ({"importance_steps": 2}, 2),
-        ({"importance": "gradient"}, 0),
-        ({"importance": "gradient", "importance_steps": 2}, 2),
-        ({"importance": "gradient", "lora_init": "gradient"}, 20),
-        ({"allocation": "uniform"}, 0),
+        ({"importance": "gradient"}, 20),
+        ({"importance": "gradient", "lora_init": "random"}, 0),
+        ({"importance": "gradient", "lora_init": "random", "importance_steps": 2}, 2),
+        ({"allocation": "uniform", "lora_init": "random"}, 0),
         ({"allocation": "uniform", "lora_init": "gradient", "importance_steps": 3}, 3),
     ],
 )
