@@ -21,7 +21,6 @@ from yunmin.errors import TokenizerError
 from yunmin.tokenizer import Tokenizer
 
 _SHARED_WITH_BASE = (*ARCHITECTURE_KEYS, "sequence_length", "batch_size", "device", "matmul_precision")
-_IMPORTANCE_BATCHES = 8  # to rank projections with, where nothing was trained that could have told
 _ORDERS = 5  # times that the order of channels is solved while weights are trained
 
 
@@ -81,7 +80,7 @@ class Recipes:
             values |= {"enable_peft": True, "peft_r": int(point["rank"]), "peft_alpha": 2.0 * point["rank"]}
             values |= {"lora_share": half, "ia3_share": half}
             if not setting.uses("masking"):
-                values |= {"dense_share": 0.0, "importance_steps": _IMPORTANCE_BATCHES}
+                values["dense_share"] = 0.0
         return values
 
     # --- what is known before anything is trained -----------------------------------------------------------------

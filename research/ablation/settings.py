@@ -22,7 +22,7 @@ DEFAULT_POINT = Grid(rank=(8,), tau=(0.5,), sparsity=(0.5,), share=(0.4,))  # wi
 _DECIDED = {
     **dict.fromkeys(("seed", "num_epochs", "checkpoint"), "an option of its own"),
     **dict.fromkeys(("data", "validation_data", "validation_share"), "--data"),
-    **dict.fromkeys(("enable_masking", "enable_peft", "importance_steps"), "the combination of pillars"),
+    **dict.fromkeys(("enable_masking", "enable_peft"), "the combination of pillars"),
     **dict.fromkeys(("peft_r", "masking_tau", "target_sparsity", "lora_share", "ia3_share"), "the grid"),
     **dict.fromkeys(("run_name", "output_dir", "project_name", *RECORD_KEYS), "the study"),
 }
