@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from research.pillars.rates import search_rate, sweep
 from research.pillars.study import Study
-from research.pillars.summary import TABLE_HEADER, Line, compared, said, table_row
+from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, table_row
 from research.reports import words
 from research.reports.document import Block, Bullets, Paragraph, Table
 from research.studies.experiments import NO_PILLARS, Experiment, Laboratory
@@ -108,16 +106,16 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
 
 
 def plot(found: Mapping[str, Any], axes: Any) -> None:
-    """Perplexity against trained numbers, one point for each seed."""
-    for way in WAYS:
+    """Perplexity by way, on a logarithmic scale; small marks are seeds, large ones their mean."""
+    for place, way in enumerate(reversed(WAYS)):
         values = found["perplexity"][way]
-        axes.plot([found["trainable"][way]] * len(values), values, "o", alpha=0.4, color="gray", markersize=4)
-    for way in WAYS:
-        axes.plot(found["trainable"][way], np.mean(found["perplexity"][way]), "o", label=way)
+        axes.plot(values, [place] * len(values), "o", alpha=0.5, color="gray", markersize=4)
+        axes.plot(mean(values), place, "o", color="tab:orange" if way == REFERENCE else "tab:blue")
     axes.set_xscale("log")
-    axes.set_xlabel("trained numbers")
-    axes.set_ylabel("test perplexity")
-    axes.legend(fontsize="small")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.set_yticks(range(len(WAYS)), [f"{way} ({found['trainable'][way]:,})" for way in reversed(WAYS)])
+    axes.set_xlabel("test perplexity; in brackets, trained numbers")
 
 
 def _search(study: Study, laboratory: Laboratory, way: str) -> tuple[list[Experiment], float | None]:
