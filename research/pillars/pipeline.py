@@ -130,6 +130,8 @@ def plot(found: Mapping[str, Any], axes: Any) -> None:
         for precision, x, y in zip(found["perplexity"], sizes, middle, strict=True):
             axes.annotate(precision, (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("weights, MiB")
     axes.set_ylabel("test perplexity")
     axes.legend()
