@@ -14,7 +14,7 @@ from yunmin.axes import layer_prefix, take
 from yunmin.checkpoint import Checkpoint
 from yunmin.model import MambaLM
 
-RANKING = "mean |SiLU(conv(x))| times the norm of its column of W_out"
+RANKING = "mean square of what it adds to the residual stream"
 
 
 def channel_importance(checkpoint: Checkpoint, text: Text) -> list[Tensor]:
@@ -29,8 +29,8 @@ def channel_importance(checkpoint: Checkpoint, text: Text) -> list[Tensor]:
     importance = []
     for layer in range(checkpoint.config.n_layers):
         mixer = f"{layer_prefix(layer)}mixer."
-        norms = checkpoint.tensors[f"{mixer}out_proj.weight"].double().norm(dim=0)
-        importance.append(statistics[f"{mixer}x_proj"].mean_magnitudes * norms)
+        squares = checkpoint.tensors[f"{mixer}out_proj.weight"].double().square().sum(0)
+        importance.append(statistics[f"{mixer}out_proj"].mean_squares * squares)
     return importance
 
 

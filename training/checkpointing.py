@@ -25,7 +25,7 @@ from yunmin.pillars import save_pillars
 
 TRAINER_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)

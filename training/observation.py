@@ -1,4 +1,4 @@
-"""Pillar 1: the scan orders of all layers, fed with what their convolutions give while the model trains."""
+"""Pillar 1: the scan orders of all layers, fed with what their convolutions or scans give while the model trains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from training.config import TrainingConfig
 from training.gating import mixers_of
@@ -40,6 +41,7 @@ class ScanOrders:
         self._place: Place | None = None
         self._seen: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
         is_by_path = config.order_objective == "correlation"
         self._scans = [
             VariableScanOptimizer(
@@ -70,8 +72,16 @@ class ScanOrders:
 
     def observe(self, *, wanted: bool) -> None:
         """Attaches the observers while orders are open, or detaches them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        is_wanted = wanted and self.are_open
+        is_of_outputs = self.config.order_objective == "saliency"  # what the scan gives, gated: `out_proj`'s input
         for layer, mixer in enumerate(mixers_of(self.model)):
-            mixer.observe = self._observer(layer) if wanted and self.are_open else None
+            observe = self._observer(layer) if is_wanted else None
+            mixer.observe = None if is_of_outputs else observe
+            if observe is not None and is_of_outputs:
+                self._handles.append(mixer.out_proj.register_forward_pre_hook(_of_input(observe)))
 
     def update(self) -> list[int]:
         """Hands the last step's activations over; returns the layers whose order changed."""
@@ -162,7 +172,7 @@ class ScanOrders:
         x_proj, out_proj = (weight[:, channels] for weight in self._weights(layer, ("x_proj", "out_proj")))
         own = mean_squares[channels]
         if self.config.order_objective == "saliency":
-            saliency = own.sqrt() * out_proj.double().norm(dim=0)
+            saliency = own * out_proj.double().square().sum(0)  # mean square of what a channel adds to the output
             return channels[torch.argsort(saliency, descending=True, stable=True)]
         return channels[quantization_order([Grouped(x_proj, own.float()), Grouped(out_proj)])]
 
@@ -192,3 +202,10 @@ class ScanOrders:
                 x.register_hook(lambda gradient: put(self._gradients, gradient))
 
         return observe
+
+
+def _of_input(observe: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        observe(inputs[0])
+
+    return hook

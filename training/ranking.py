@@ -6,7 +6,8 @@ cut as learned gates would have. So all rankings have an equal budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class Ranking:
         # random ones are drawn now, so that checkpoints of the phase hold them
         self.channels = _scores(self.has_channels and config.gate_ranking == "random", model.config.d_inner, generator)
         self.states = _scores(self.has_states and config.state_ranking == "random", model.config.d_state, generator)
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen_channels: dict[int, Tensor] = {}
+        self._seen_states: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     # --- the steps of the gate phase ------------------------------------------------------------------------------
@@ -69,21 +71,22 @@ class Ranking:
 
     def observe(self, progress: float) -> None:
         """Observes activations near the end of the phase, at a point of it from 0 to 1, where they decide."""
-        if any(self._by_activations) and progress >= _OBSERVED_FROM and not self._handles:
-            self._handles = [
-                mixer.x_proj.register_forward_hook(self._observer(layer, mixer))
-                for layer, mixer in enumerate(mixers_of(self.model))
-            ]
+        if progress < _OBSERVED_FROM or self._handles:
+            return
+        by_channel, by_state = self._by_activations
+        for layer, mixer in enumerate(mixers_of(self.model)):
+            if by_channel:
+                self._handles.append(mixer.out_proj.register_forward_pre_hook(partial(self._see_channels, layer)))
+            if by_state:
+                self._handles.append(mixer.x_proj.register_forward_hook(partial(self._see_states, layer)))
 
     def collect(self) -> None:
         """Adds what the step's activations showed."""
-        for layer, (channels, states) in self._seen.items():
-            if self._by_activations[0]:
-                self.channels[layer] += self.team.total(channels).cpu()
-            if self._by_activations[1]:
-                self.states[layer] += self.team.total(states).cpu()
-        self.steps += bool(self._seen)
-        self._seen.clear()
+        self.steps += bool(self._seen_channels or self._seen_states)
+        for scores, seen in ((self.channels, self._seen_channels), (self.states, self._seen_states)):
+            for layer, sums in seen.items():
+                scores[layer] += self.team.total(sums).cpu()
+            seen.clear()
 
     def detach(self) -> None:
         """Stops observing; `observe` begins again."""
@@ -139,14 +142,14 @@ class Ranking:
         }
 
     def _channel_scores(self) -> list[Tensor]:
-        """Squares of the scores of channels (D,): what a block has is then the sum."""
+        """Squares, of weights or of what channels add to the output (D,): what a block has is then the sum."""
         match self.config.gate_ranking:
             case "magnitude":
                 return [channel_squares(mixer) for mixer in mixers_of(self.model)]
             case "activation":
                 self._check_seen("gate_ranking")
                 return [
-                    seen.square() * _squares(mixer.out_proj.weight, 1)
+                    seen * _squares(mixer.out_proj.weight, 1)
                     for seen, mixer in zip(self.channels, mixers_of(self.model), strict=True)
                 ]
             case _:
@@ -163,19 +166,31 @@ class Ranking:
         if self.steps == 0:
             raise TrainingError(f"{key}: no activations were seen: the gate phase is too short")
 
-    def _observer(self, layer: int, mixer: GatedMixer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def observe(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not torch.is_grad_enabled() or is_recomputing():
-                return
-            with torch.no_grad():
-                rows = None if self.place is None else self.place.rows
-                x, maps = (t.detach()[:rows].double().flatten(0, -2) for t in (inputs[0], output))  # (B*L, _)
-                _, B_ssm, C_ssm = maps.split(mixer.split_sizes, dim=-1)
-                reach = (B_ssm * C_ssm).abs().sum(0) * state_gains(mixer)  # (N,)
-                channels, states = self._seen.get(layer, (0.0, 0.0))
-                self._seen[layer] = (channels + x.abs().sum(0), states + reach)
+    def _see_channels(self, layer: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Adds the squares of what `out_proj` is given (D,)."""
+        if not _is_counted():
+            return
+        squares = self._own_rows(inputs[0]).square().sum(0)
+        self._seen_channels[layer] = squares + self._seen_channels.get(layer, 0.0)
 
-        return observe
+    def _see_states(self, layer: int, _module: nn.Module, _inputs: tuple[Tensor, ...], maps: Tensor) -> None:
+        """Adds how far what `x_proj` gives lets each state carry (N,)."""
+        if not _is_counted():
+            return
+        mixer = mixers_of(self.model)[layer]
+        _, B_ssm, C_ssm = self._own_rows(maps).split(mixer.split_sizes, dim=-1)
+        reach = (B_ssm * C_ssm).abs().sum(0) * state_gains(mixer)
+        self._seen_states[layer] = reach + self._seen_states.get(layer, 0.0)
+
+    def _own_rows(self, values: Tensor) -> Tensor:
+        """What belongs to this process's sequences, (B, L, _) as (B*L, _), float64."""
+        rows = None if self.place is None else self.place.rows
+        return values.detach()[:rows].double().flatten(0, -2)
+
+
+def _is_counted() -> bool:
+    """Whether a training step computes something for the first time."""
+    return torch.is_grad_enabled() and not is_recomputing()
 
 
 @torch.no_grad()

@@ -220,19 +220,11 @@ def _ordered(compact: Compact, order: str, text: Text, seed: int) -> Compact:
             return reordered(compact, order, text, lambda _: None)
     checkpoint = Checkpoint(config, compact.cast(torch.float32).tensors, None, Path())
     if order == "saliency":
-        inner = [torch.argsort(values, descending=True) for values in _saliency(checkpoint, text)]
+        inner = [torch.argsort(values, descending=True) for values in channel_importance(checkpoint, text)]
         return permuted(compact, inner, torch.arange(config.d_model))
     scores = _scores(checkpoint, text if order == "n:m by activations" else None)
     inner = [n_of_m_order([scores[_weight(i, "out_proj")]], _N, _M) for i in layers]
     return permuted(compact, inner, n_of_m_order([scores[_weight(i, "in_proj")] for i in layers], _N, _M))
-
-
-def _saliency(checkpoint: Checkpoint, text: Text) -> list[Tensor]:
-    """What training sorts by with `scan_objective=saliency`: root mean squares times norms of W_out's columns (D,)."""
-    found = input_statistics(MambaLM.from_tensors(checkpoint.config, checkpoint.tensors), text.sequences())
-    mixers = [f"{layer_prefix(i)}mixer." for i in range(checkpoint.config.n_layers)]
-    norms = [checkpoint.tensors[f"{mixer}out_proj.weight"].double().norm(dim=0) for mixer in mixers]
-    return [found[f"{m}x_proj"].mean_squares.sqrt() * n for m, n in zip(mixers, norms, strict=True)]
 
 
 def _scores(checkpoint: Checkpoint, text: Text | None) -> dict[str, Tensor]:

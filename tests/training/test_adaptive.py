@@ -243,7 +243,7 @@ def test_a_saliency_order_sorts_by_what_channels_add_to_the_output() -> None:
     run = Run(small_run(scan_objective="saliency", scan_mode="static"))
     seen: dict[int, torch.Tensor] = {}
     for layer, mixer in enumerate(mixers_of(run.model)):
-        mixer.x_proj.register_forward_pre_hook(lambda _, inputs, layer=layer: seen.update({layer: inputs[0]}))
+        mixer.out_proj.register_forward_pre_hook(lambda _, inputs, layer=layer: seen.update({layer: inputs[0]}))
     orders = ScanOrders(run.model, run.config, torch.Generator())
     orders.observe(wanted=True)
     run.model(run.ids)
@@ -251,8 +251,8 @@ def test_a_saliency_order_sorts_by_what_channels_add_to_the_output() -> None:
     assert orders.solve() == list(range(run.model.config.n_layers))
     for layer, order in enumerate(orders.orders):
         out_proj = mixers_of(run.model)[layer].out_proj.weight
-        reach = seen[layer].square().mean((0, 1)).sqrt() * out_proj.norm(dim=0)
-        assert torch.equal(order, torch.argsort(reach, descending=True))
+        added = seen[layer].square().mean((0, 1)) * out_proj.square().sum(0)
+        assert torch.equal(order, torch.argsort(added, descending=True))
 
 
 def test_gradients_weigh_nothing_but_correlations() -> None:

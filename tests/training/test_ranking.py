@@ -61,17 +61,19 @@ def test_magnitude_of_a_state_is_that_of_its_rows() -> None:
     assert float(state_squares(mixer)[2]) == pytest.approx(float((rows[3 + 2] + rows[3 + 5 + 2]).detach()))
 
 
-def test_activations_are_those_before_the_projection() -> None:
+def test_activations_are_what_the_scan_gives_and_what_it_reads_and_writes_with() -> None:
     ranking = _ranking("activation")
     ids = _observe(ranking)
     mixer = mixers_of(ranking.model)[0]
     seen: list[torch.Tensor] = []
     mixer.observe = seen.append
+    outputs: list[torch.Tensor] = []
+    mixer.out_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
     with torch.no_grad():
         ranking.model(ids)
         dt_B_C = mixer.x_proj(seen[0])
     _, B_ssm, C_ssm = dt_B_C.double().flatten(0, 1).split([3, 5, 5], dim=-1)
-    assert torch.allclose(ranking.channels[0], seen[0].double().abs().sum((0, 1)))
+    assert torch.allclose(ranking.channels[0], outputs[0].double().square().sum((0, 1)))
     assert torch.allclose(ranking.states[0], (B_ssm * C_ssm).abs().sum(0) * state_gains(mixer), rtol=1e-6)
     assert ranking.steps == 2
 
