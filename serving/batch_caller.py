@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Self
+from typing import Any
 
 from starlette.types import ASGIApp, Message
 
 from serving.batch_files import JSON, Asked, Tally
 from yunmin.errors import YunminError
+from yunmin.terminal_bar import TerminalBar
 
 _AHEAD = 8  # times as many requests as run at once may be answered before the first of them is
 _RETRY_S = 0.05
@@ -136,7 +135,7 @@ async def call(app: ASGIApp, path: str, body: JSON) -> tuple[int, Any]:
     return status, json.loads(b"".join(parts))
 
 
-class Progress:
+class Progress(TerminalBar):
     """A bar on a terminal where there is one to draw it with, a line now and then elsewhere; on stderr.
 
     Args:
@@ -145,38 +144,23 @@ class Progress:
     """
 
     def __init__(self, total: int, tally: Tally) -> None:
+        super().__init__(
+            after="{task.fields[rate]:,.0f} tokens/s ",
+            shows_time_left=True,
+            total=total,
+            completed=tally.total,
+            rate=0.0,
+        )
         self._total = total
         self._tally = tally
         self._begin = self._said = time.monotonic()
         self._generated = tally.generated_tokens  # by an earlier run
-        self._bar: Any = None
-        if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:,.0f} tokens/s "))
-            left = (TimeRemainingColumn(), TextColumn("left"))
-            self._bar = Bar(*columns, *left, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total, completed=tally.total, rate=0.0)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def show(self) -> None:
         """Says how far it is."""
         now = time.monotonic()
         rate = (self._tally.generated_tokens - self._generated) / max(now - self._begin, 1e-9)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._tally.total, rate=rate)
-        elif now - self._said >= _SAID_S:
+        self.update(completed=self._tally.total, rate=rate)
+        if not self.is_drawn and now - self._said >= _SAID_S:
             self._said = now
-            print(
-                f"yunmin: {self._tally.total:,} of {self._total:,}, {rate:,.0f} tokens/s", file=sys.stderr, flush=True
-            )
+            self.line(f"yunmin: {self._tally.total:,} of {self._total:,}, {rate:,.0f} tokens/s")

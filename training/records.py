@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 import torch
 
 from training.config import TrainingConfig
 from yunmin.errors import CheckpointError, ConfigError, MissingExtraError
 from yunmin.files import atomic_file
+from yunmin.terminal_bar import TerminalBar
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -24,11 +25,10 @@ def require_packages(config: TrainingConfig) -> None:
     Raises:
         MissingExtraError: one that the configuration wants is not installed.
     """
-    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb, "rich": sys.stderr.isatty()}
+    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb}
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
-            purpose = "the progress bar" if package == "rich" else f"{package}=true"
-            raise MissingExtraError(package, "train", purpose)
+            raise MissingExtraError(package, "train", f"{package}=true")
 
 
 class Records:
@@ -127,53 +127,31 @@ class NoRecords(Records):
         """Has nothing to close."""
 
 
-class Screen:
-    """Lines and a progress bar on a terminal, plain lines elsewhere.
+class Screen(TerminalBar):
+    """What a run shows: lines of its log, and on a terminal a bar.
 
     Args:
         total: steps of the run.
         done: steps done before.
-        stream: where to write.
+        stream: where to write; None for stderr.
     """
 
     def __init__(self, total: int, done: int = 0, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._bar: Any = None
-        if self._stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.fields[phase]:<8}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s "),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=Console(file=self._stream),
-            )
-            self._task = self._bar.add_task("", total=total, completed=done, phase="", loss=float("nan"), rate=0.0)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def line(self, text: str) -> None:
-        """Shows a line of the log."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)
+        super().__init__(
+            "{task.fields[phase]:<8}",
+            "loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s ",
+            shows_time_left=True,
+            stream=stream,
+            total=total,
+            completed=done,
+            phase="",
+            loss=float("nan"),
+            rate=0.0,
+        )
 
     def advance(self, step: int, phase: str, loss: float, rate: float) -> None:
         """Moves the bar, where there is one."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, phase=phase, loss=loss, rate=rate)
+        self.update(completed=step, phase=phase, loss=loss, rate=rate)
 
 
 class NoScreen(Screen):

@@ -168,10 +168,6 @@ class Laboratory:
         """Where the artifact of an experiment lies that was run with `keep`."""
         return self.folder / self.key(experiment) / "artifact"
 
-    def checkpoint(self, experiment: Experiment) -> Path:
-        """The newest checkpoint of an experiment that was run with `keep`."""
-        return checkpoints_of(self.folder / self.key(experiment) / "run")[-1]
-
     def remember(self, facts: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a measurement found that these facts describe; measured only if it is not known yet."""
         folder = self.folder / hash_of({"format": _FORMAT, "yunmin": __version__, **facts})
