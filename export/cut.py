@@ -14,7 +14,7 @@ from yunmin.axes import layer_prefix, take
 from yunmin.checkpoint import Checkpoint
 from yunmin.model import MambaLM
 
-RANKING = "mean square of what it adds to the residual stream"
+RANKING = "the mean square of what each adds to the residual stream"
 
 
 def channel_importance(checkpoint: Checkpoint, text: Text) -> list[Tensor]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from export.cut import RANKING, channel_importance, cut_channels, kept_channels
+from export.cut import RANKING, channel_importance, kept_channels
 from export.quality import measure
 from export.quantize import quantize_checkpoint
+from export.refit import REFIT, cut_and_refit
 from export.texts import Texts
 from yunmin.artifact import PerplexityRecord
 from yunmin.checkpoint import Checkpoint
@@ -99,7 +100,7 @@ class Search:
         exact: float32, as it was trained.
         before: its perplexity.
         limit: largest perplexity that passes.
-        texts: to measure on, and to rank channels and, on request, calibrate on.
+        texts: to measure on, and to rank channels, make up for cut ones and, on request, calibrate on.
         calibrates: whether int4 weights are rounded for the calibration text.
         multiple: widths are multiples of this.
         report: told how far it is.
@@ -181,11 +182,18 @@ class Search:
         return candidate
 
     def _stored(self, weight_format: Format, width: int) -> Checkpoint:
-        cut = cut_channels(self.exact, kept_channels(self.importance, width))
+        cut = self._cut(width)
         if weight_format == "none":
             return cut
         calibration = self.texts.calibration if self.calibrates and weight_format == "int4" else None
         return quantize_checkpoint(cut, Quantization(weight_format), calibration, self.report)
+
+    def _cut(self, width: int) -> Checkpoint:
+        if width == self.full:
+            return self.exact
+        assert self.texts.calibration is not None
+        self.report(f"cutting to {width} channels and fitting what reads them")
+        return cut_and_refit(self.exact, kept_channels(self.importance, width), self.texts.calibration.sequences())
 
     def _bytes(self, weight_format: Format, width: int) -> int:
         widths = [min(width, inner) for inner in self.exact.config.d_inner]
@@ -207,6 +215,7 @@ def facts_of(found: Found, share: float, limit: float, texts: Texts, full: int) 
             "inner_width": found.chosen.width,
             "of": full,
             "ranked_by": RANKING,
+            "refit": list(REFIT),
             "ranked_on": texts.calibration.describe(),
         }
     return facts

@@ -68,8 +68,8 @@ class AdaptiveModel:
 
         Args:
             phase: the new one.
-            batches: to measure importance with before the adapters are allotted: the losses of each one's parts on
-                this process, computed when asked for. None where it was measured before.
+            batches: of which what is measured first takes as many as it needs: the losses of each one's parts on this
+                process, computed when asked for.
 
         Returns:
             Lines for the log.
@@ -79,6 +79,8 @@ class AdaptiveModel:
         match phase:
             case Phase.GATES:
                 self._masking = self._new_masking()
+                self._scans.observe(wanted=False)
+                self._masking.begin(batches)
                 self._allotment.follow()
             case Phase.RECOVER | Phase.ADAPTERS:
                 lines += self._fix_gates()

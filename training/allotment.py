@@ -66,7 +66,8 @@ class Allotment:
         """Measures with all weights as they are.
 
         Args:
-            batches: the losses of each one's parts on this process, computed when asked for.
+            batches: the losses of each one's parts on this process, computed when asked for; the first
+                `importance_batches` are.
             after_batch: called after each one.
         """
         self.follow()
@@ -74,7 +75,7 @@ class Allotment:
         spectrum = SpectrumProbe(self.probe.projections, self.team) if self.config.needs_spectra else None
         if spectrum is not None:
             spectrum.attach()
-        for losses in batches:
+        for losses in itertools.islice(batches, self.config.importance_batches):
             for loss in losses:
                 (loss * self.team.size).backward()
             self.probe.collect()

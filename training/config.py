@@ -125,6 +125,9 @@ class TrainingConfig(BaseModel):
     state_ranking: Literal["learned", "magnitude", "activation", "random"] = Field(
         "activation", description="what decides which states are kept"
     )
+    gate_start: Literal["activation", "equal"] = Field(
+        "activation", description="first logits of learned gates: by what channels and states carry, or all the same"
+    )
     channel_gates: Literal["channel", "block"] = Field("channel", description="a gate for each channel or block")
     gate_block_size: Count = Field(16, description="channels, neighbours in scan order, that share a block gate")
     gate_estimator: Literal["gumbel_sigmoid", "hard_concrete"] = Field("gumbel_sigmoid", description="how gates draw")

@@ -128,5 +128,10 @@ def block_of_channel(scan_order: Tensor, block_size: int) -> Tensor:
     return torch.argsort(scan_order) // block_size
 
 
+def sums_by_unit(scores: Tensor, unit_of: Tensor) -> Tensor:
+    """What the channels of each unit have together."""
+    return torch.zeros(int(unit_of.max()) + 1, dtype=scores.dtype).index_add_(0, unit_of, scores)
+
+
 def _stretch(values: Tensor) -> Tensor:
     return (values * (_STRETCH_HIGH - _STRETCH_LOW) + _STRETCH_LOW).clamp(0.0, 1.0)

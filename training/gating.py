@@ -10,12 +10,14 @@ from torch import Tensor
 
 from training.config import TrainingConfig
 from training.cut import choose_channels, choose_states, gate_block
-from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel
+from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel, sums_by_unit
 from training.masks import initial_mask_logits
 from training.sparsity import SparsityTarget, layer_costs, masking_statistics
 from yunmin.axes import layer_prefix
 from yunmin.gated import GatedMixer, MaskedLinear
 from yunmin.model import MambaLM
+
+_START_DEVIATION = 4.0  # of logits within a layer, where they start from activations; 1, 2 and 8 gave worse cuts
 
 
 class Gating:
@@ -61,6 +63,25 @@ class Gating:
         named = {f"channel.{i}": gate for i, gate in enumerate(self.channel_gates)}
         named |= {f"state.{i}": gate for i, gate in enumerate(self.state_gates)}
         return named | {f"weight.{name}": gate for name, gate in self.mask_gates.items()}
+
+    @property
+    def follow_activations(self) -> bool:
+        """Whether logits are to start from what activations show; see `start`."""
+        return self.config.gate_start == "activation"
+
+    @torch.no_grad()
+    def start(self, energies: Sequence[Tensor], reach: Sequence[Tensor]) -> None:
+        """Lets logits start in the order of what units carry, normally distributed in each layer.
+
+        Args:
+            energies: what each channel adds to the residual stream (D,), per layer; a block has the sum.
+            reach: how far each state carries (N,), per layer.
+        """
+        for gate, scores in zip(self.channel_gates, energies, strict=bool(self.channel_gates)):
+            of_units = scores if gate.unit_of is None else sums_by_unit(scores, gate.unit_of.cpu())
+            gate.logits.copy_(INITIAL_LOGIT + _START_DEVIATION * _normal(of_units))
+        for gate, scores in zip(self.state_gates, reach, strict=bool(self.state_gates)):
+            gate.logits.copy_(INITIAL_LOGIT + _START_DEVIATION * _normal(scores))
 
     def sample(self, progress: float, generator: torch.Generator) -> None:
         """Draws all gates for a step at a point of the gate phase, 0 to 1."""
@@ -195,6 +216,13 @@ class Gating:
             gate = LearnedGate(initial_mask_logits(projection.weight), None, "gumbel_sigmoid")
             setattr(mixer, target, MaskedLinear(projection, gate))
             self.mask_gates[f"{layer_prefix(layer)}mixer.{target}"] = gate
+
+
+def _normal(scores: Tensor) -> Tensor:
+    """Scores by rank, as equal parts of a standard normal distribution."""
+    ranks = scores.argsort(stable=True).argsort()
+    spread: Tensor = torch.special.ndtri((ranks + 0.5) / len(ranks))
+    return spread
 
 
 def mixers_of(model: MambaLM) -> list[GatedMixer]:

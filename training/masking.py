@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from training.activations import Activations
 from training.config import TrainingConfig
 from training.gating import Gating
 from training.parts import Place
 from training.ranking import Ranking
 from training.team import ALONE, Team
+from yunmin.errors import TrainingError
 from yunmin.model import MambaLM
+
+_FIRST_BATCHES = 8  # that show where gates start
 
 
 class Masking:
@@ -35,9 +40,11 @@ class Masking:
         generator: torch.Generator,
         team: Team = ALONE,
     ) -> None:
-        self.config = config
+        self.model = model
+        self.team = team
         self._gates = Gating(model, config, scan_order)
         self._ranking = Ranking(model, config, generator, team)
+        self._observing = self._ranking.activations
 
     @property
     def has_learned_blocks(self) -> bool:
@@ -49,9 +56,34 @@ class Masking:
         self._gates.sample(progress, generator)
         self._ranking.observe(progress)
 
+    def begin(self, batches: Iterable[Iterable[Tensor]]) -> None:
+        """Lets the logits of channels and states follow what activations show, before the first step.
+
+        Args:
+            batches: the losses of each one's parts on this process, computed when asked for.
+
+        Raises:
+            TrainingError: there are none.
+        """
+        gates = self._gates
+        if not (gates.follow_activations and (gates.channel_gates or gates.state_gates)):
+            return
+        seen = Activations(self.model, self.team, channels=bool(gates.channel_gates), states=bool(gates.state_gates))
+        self._observing = seen
+        seen.watch()
+        for losses in itertools.islice(batches, _FIRST_BATCHES):
+            for _ in losses:
+                pass
+            seen.collect()
+        seen.unwatch()
+        if seen.steps == 0:
+            raise TrainingError("gate_start=activation: there is no batch to start from")
+        self._observing = self._ranking.activations
+        gates.start(seen.energies(), seen.reach)
+
     def show(self, place: Place) -> None:
         """Says which sequences of the batch come next."""
-        self._ranking.place = place
+        self._observing.place = place
 
     def penalty(self) -> Tensor:
         """The Lagrangian terms of all targets, a scalar to add to the loss."""
@@ -60,12 +92,12 @@ class Masking:
     def ascend(self) -> None:
         """Moves the multipliers after a step, and adds what its activations showed."""
         self._gates.ascend()
-        self._ranking.collect()
+        self._ranking.activations.collect()
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
         """Within it, gates have their values without noise, and nothing is observed."""
-        self._ranking.detach()
+        self._ranking.activations.unwatch()
         with self._gates.deterministic():
             yield
 
@@ -92,7 +124,7 @@ class Masking:
             channels = self._ranking.choose_channels(scan_order)
         if self._ranking.has_states:
             states = self._ranking.choose_states()
-        self._ranking.detach()
+        self._ranking.activations.unwatch()
         return channels, states
 
     def mask_scores(self) -> dict[str, Tensor]:

@@ -7,19 +7,15 @@ cut as learned gates would have. So all rankings have an equal budget.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
+from training.activations import Activations
 from training.config import TrainingConfig
 from training.cut import choose_channels, choose_states, gate_block
-from training.gates import block_of_channel
+from training.gates import block_of_channel, sums_by_unit
 from training.gating import mixers_of
-from training.parts import Place
-from training.recompute import is_recomputing
 from training.team import ALONE, Team
 from yunmin.axes import layer_prefix
 from yunmin.errors import TrainingError
@@ -35,7 +31,7 @@ class Ranking:
     Attributes:
         has_channels: whether channels are ranked.
         has_states: whether states are.
-        place: of the sequences in the batch that come next.
+        activations: what was seen near the end of the phase.
 
     Args:
         model: built with `GatedMixer`; gets observers while activations are measured.
@@ -46,53 +42,24 @@ class Ranking:
 
     def __init__(self, model: MambaLM, config: TrainingConfig, generator: torch.Generator, team: Team = ALONE) -> None:
         self.model = model
-        self.team = team
         self.config = config
-        self.steps = 0
-        self.place: Place | None = None
         self.has_channels = config.gate_ranking != "learned" and config.target_sparsity > 0
         self.has_states = config.state_ranking != "learned" and config.target_state_sparsity > 0
-        # random ones are drawn now, so that checkpoints of the phase hold them
-        self.channels = _scores(self.has_channels and config.gate_ranking == "random", model.config.d_inner, generator)
-        self.states = _scores(self.has_states and config.state_ranking == "random", model.config.d_state, generator)
-        self._seen_channels: dict[int, Tensor] = {}
-        self._seen_states: dict[int, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-
-    # --- the steps of the gate phase ------------------------------------------------------------------------------
-
-    @property
-    def _by_activations(self) -> tuple[bool, bool]:
-        """Whether activations rank channels, and states."""
-        return (
-            self.has_channels and self.config.gate_ranking == "activation",
-            self.has_states and self.config.state_ranking == "activation",
+        by_channel, by_state = config.gate_ranking == "activation", config.state_ranking == "activation"
+        self.activations = Activations(
+            model, team, channels=self.has_channels and by_channel, states=self.has_states and by_state
         )
+        # random scores are drawn now, so that checkpoints of the phase hold them; others are summed up in their place
+        self.channels, self.states = self.activations.squares, self.activations.reach
+        if self.has_channels and config.gate_ranking == "random":
+            self.channels = _random(model.config.d_inner, generator)
+        if self.has_states and config.state_ranking == "random":
+            self.states = _random(model.config.d_state, generator)
 
     def observe(self, progress: float) -> None:
         """Observes activations near the end of the phase, at a point of it from 0 to 1, where they decide."""
-        if progress < _OBSERVED_FROM or self._handles:
-            return
-        by_channel, by_state = self._by_activations
-        for layer, mixer in enumerate(mixers_of(self.model)):
-            if by_channel:
-                self._handles.append(mixer.out_proj.register_forward_pre_hook(partial(self._see_channels, layer)))
-            if by_state:
-                self._handles.append(mixer.x_proj.register_forward_hook(partial(self._see_states, layer)))
-
-    def collect(self) -> None:
-        """Adds what the step's activations showed."""
-        self.steps += bool(self._seen_channels or self._seen_states)
-        for scores, seen in ((self.channels, self._seen_channels), (self.states, self._seen_states)):
-            for layer, sums in seen.items():
-                scores[layer] += self.team.total(sums).cpu()
-            seen.clear()
-
-    def detach(self) -> None:
-        """Stops observing; `observe` begins again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if progress >= _OBSERVED_FROM:
+            self.activations.watch()
 
     # --- what a checkpoint keeps ----------------------------------------------------------------------------------
 
@@ -102,15 +69,16 @@ class Ranking:
             return {}
         saved = {f"ranking.channel.{layer}": scores for layer, scores in enumerate(self.channels)}
         saved |= {f"ranking.state.{layer}": scores for layer, scores in enumerate(self.states)}
-        return saved | {"ranking.steps": torch.tensor(self.steps)}
+        return saved | {"ranking.steps": torch.tensor(self.activations.steps)}
 
     def load_tensors(self, saved: Mapping[str, Tensor]) -> None:
         """Continues from `tensors()`."""
         if not self.has_channels and not self.has_states:
             return
-        self.channels = [saved[f"ranking.channel.{layer}"].clone() for layer in range(len(self.channels))]
-        self.states = [saved[f"ranking.state.{layer}"].clone() for layer in range(len(self.states))]
-        self.steps = int(saved["ranking.steps"])
+        for kind, scores in (("channel", self.channels), ("state", self.states)):
+            for layer, values in enumerate(scores):
+                values.copy_(saved[f"ranking.{kind}.{layer}"])
+        self.activations.steps = int(saved["ranking.steps"])
 
     # --- the cut --------------------------------------------------------------------------------------------------
 
@@ -121,7 +89,7 @@ class Ranking:
             TrainingError: activations decide, and none was seen.
         """
         units = [block_of_channel(order, gate_block(self.config)) for order in scan_order]
-        scores = [_by_unit(s, unit) for s, unit in zip(self._channel_scores(), units, strict=True)]
+        scores = [sums_by_unit(s, unit) for s, unit in zip(self._channel_scores(), units, strict=True)]
         kept = choose_channels(self.model.config, self.config, scores)
         return tuple(k[unit].float() for k, unit in zip(kept, units, strict=True))
 
@@ -148,10 +116,7 @@ class Ranking:
                 return [channel_squares(mixer) for mixer in mixers_of(self.model)]
             case "activation":
                 self._check_seen("gate_ranking")
-                return [
-                    seen * _squares(mixer.out_proj.weight, 1)
-                    for seen, mixer in zip(self.channels, mixers_of(self.model), strict=True)
-                ]
+                return self.activations.energies()
             case _:
                 return self.channels
 
@@ -163,34 +128,8 @@ class Ranking:
         return self.states
 
     def _check_seen(self, key: str) -> None:
-        if self.steps == 0:
+        if self.activations.steps == 0:
             raise TrainingError(f"{key}: no activations were seen: the gate phase is too short")
-
-    def _see_channels(self, layer: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Adds the squares of what `out_proj` is given (D,)."""
-        if not _is_counted():
-            return
-        squares = self._own_rows(inputs[0]).square().sum(0)
-        self._seen_channels[layer] = squares + self._seen_channels.get(layer, 0.0)
-
-    def _see_states(self, layer: int, _module: nn.Module, _inputs: tuple[Tensor, ...], maps: Tensor) -> None:
-        """Adds how far what `x_proj` gives lets each state carry (N,)."""
-        if not _is_counted():
-            return
-        mixer = mixers_of(self.model)[layer]
-        _, B_ssm, C_ssm = self._own_rows(maps).split(mixer.split_sizes, dim=-1)
-        reach = (B_ssm * C_ssm).abs().sum(0) * state_gains(mixer)
-        self._seen_states[layer] = reach + self._seen_states.get(layer, 0.0)
-
-    def _own_rows(self, values: Tensor) -> Tensor:
-        """What belongs to this process's sequences, (B, L, _) as (B*L, _), float64."""
-        rows = None if self.place is None else self.place.rows
-        return values.detach()[:rows].double().flatten(0, -2)
-
-
-def _is_counted() -> bool:
-    """Whether a training step computes something for the first time."""
-    return torch.is_grad_enabled() and not is_recomputing()
 
 
 @torch.no_grad()
@@ -210,27 +149,9 @@ def state_squares(mixer: GatedMixer) -> Tensor:
     return rows.sum(0)
 
 
-@torch.no_grad()
-def state_gains(mixer: GatedMixer) -> Tensor:
-    """What a state holds of a steady input, per unit of B, float64 (N,): mean over channels of d / (1 - exp(d A)).
-
-    The geometric sum of the recurrence at the step size d that a channel's bias gives: a state that decays slowly holds
-    more, so that |B C| alone would rank states of different decay wrongly.
-    """
-    delta = F.softplus(mixer.dt_proj.bias.double())[:, None]  # (D, 1)
-    return (delta / -torch.expm1(-delta * mixer.A_log.double().exp())).mean(0)
-
-
-def _scores(is_random: bool, widths: Sequence[int], generator: torch.Generator) -> list[Tensor]:
-    """Scores to begin with, per layer: random ones, or sums of nothing."""
-    if is_random:
-        return [torch.rand(width, generator=generator, dtype=torch.float64) for width in widths]
-    return [torch.zeros(width, dtype=torch.float64) for width in widths]
+def _random(widths: Sequence[int], generator: torch.Generator) -> list[Tensor]:
+    return [torch.rand(width, generator=generator, dtype=torch.float64) for width in widths]
 
 
 def _squares(weight: Tensor, axis: int) -> Tensor:
     return weight.detach().double().square().sum(1 - axis).cpu()
-
-
-def _by_unit(scores: Tensor, unit_of: Tensor) -> Tensor:
-    return torch.zeros(int(unit_of.max()) + 1, dtype=scores.dtype).index_add_(0, unit_of, scores)

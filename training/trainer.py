@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ class Trainer:
             gc.collect()  # what averaged the last phase's gradients listens to them until then
         if self.team.is_sharded and before is not None:
             self._reassemble()
-        lines = self.adaptive.enter(span.phase, self._importance_losses())
+        lines = self.adaptive.enter(span.phase, self._losses_ahead())
         self._optimize(moments)
         self._entered = span
         trainable, everything = self.adaptive.trainable_parameters()
@@ -177,8 +178,8 @@ class Trainer:
         if before is Phase.GATES:
             self._validate(HARD_GATES, reporter)
 
-    def _importance_losses(self) -> Iterator[Iterator[Tensor]]:
-        """Losses of the adapter phase's first batches, part by part, with gates as they are then."""
+    def _losses_ahead(self) -> Iterator[Iterator[Tensor]]:
+        """Losses of the next batches without end, part by part, with gates as they are when asked for."""
 
         def losses(step: int) -> Iterator[Tensor]:
             for part in self._parts(step):
@@ -188,7 +189,7 @@ class Trainer:
                 yield part.share * mean_cross_entropy(logits, part.labels)
 
         self.adaptive.model.train()
-        return (losses(self.step + ahead) for ahead in range(self.config.importance_batches))
+        return (losses(step) for step in itertools.count(self.step))
 
     def _reassemble(self) -> None:
         """Puts a model in one piece in place of a sharded one, as if resumed from a checkpoint."""

@@ -1,7 +1,8 @@
 """Pillar 2: learned gates against cuts by magnitude, by activations and at random, before and after equal recovery.
 
 Every way has the same base model and the same steps: half of them before the cut, in which gates are learned or the
-weights simply train on, and half of them after it. The cuts have the same widths.
+weights simply train on, and half of them after it. The cuts have the same widths. Learned gates start in the order of
+what their units carry, as by default, or all alike.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ TITLE = "Learned masking"
 QUESTION = "Does learning gates give a better cut model than training on and cutting by magnitude, activations or lot?"
 KEEPS = False  # whether artifacts are needed to measure further
 ADAPTS = True  # whether anything is trained after the base models
+_ALIKE = "learned, started alike"
 RANKINGS = {
     "learned": "learned gates",
+    _ALIKE: "learned gates, started alike",
     "activation": "a cut by activations",
     "magnitude": "a cut by magnitude",
     "random": "a random cut",
@@ -79,7 +82,7 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
 
 def lines(found: dict[str, Any], when: str) -> dict[str, list[Line]]:
     """By cut, every ranking against `REFERENCE`, `before` recovery or `after` it, which is what counts."""
-    tables = {cut: {ranking: by[ranking][when] for ranking in RANKINGS} for cut, by in found["perplexity"].items()}
+    tables = {cut: {name: values[when] for name, values in by.items()} for cut, by in found["perplexity"].items()}
     return compared(tables, REFERENCE)
 
 
@@ -112,12 +115,13 @@ def _table(by_cut: dict[str, list[Line]], note: str) -> Table:
 
 def plot(found: dict[str, Any], axes: Any) -> None:
     """Perplexity after recovery by cut, one mark for each ranking; the ends of lines are the extreme seeds."""
-    for number, (ranking, name) in enumerate(RANKINGS.items()):
+    shown = list(next(iter(found["perplexity"].values())))
+    for number, ranking in enumerate(shown):
         values = np.array([by[ranking]["after"] for by in found["perplexity"].values()])  # (cuts, seeds)
         middle = values.mean(1)
         ends = np.stack([middle - values.min(1), values.max(1) - middle])
-        places = np.arange(len(values)) + _DODGE * (number - (len(RANKINGS) - 1) / 2)
-        axes.errorbar(places, middle, yerr=ends, fmt="o", capsize=3, label=name)
+        places = np.arange(len(values)) + _DODGE * (number - (len(shown) - 1) / 2)
+        axes.errorbar(places, middle, yerr=ends, fmt="o", capsize=3, label=RANKINGS[ranking])
     axes.axhline(np.mean(found["dense"]), color="gray", linestyle=":", label="no cut")
     axes.set_xticks(range(len(found["perplexity"])), list(found["perplexity"]))
     axes.set_ylabel("test perplexity after recovery")
@@ -127,7 +131,12 @@ def plot(found: dict[str, Any], axes: Any) -> None:
 def _of_seed(study: Study, seed: int) -> Iterator[tuple[str | None, str | None, Experiment]]:
     uncut = {**_OPTIONS, "enable_masking": False, "dense_share": 1.0}
     yield None, None, study.adapted(seed, uncut, "masking, no cut")
-    for cut in _CONFIRMED if study.size == "10m" else CUTS:
+    confirms = study.size == "10m"
+    for cut in _CONFIRMED if confirms else CUTS:
         for ranking in RANKINGS:
-            options = {**_OPTIONS, **CUTS[cut], "gate_ranking": ranking, "state_ranking": ranking}
+            if confirms and ranking == _ALIKE:
+                continue
+            kind = "learned" if ranking == _ALIKE else ranking
+            start = "equal" if ranking == _ALIKE else "activation"
+            options = {**_OPTIONS, **CUTS[cut], "gate_ranking": kind, "state_ranking": kind, "gate_start": start}
             yield cut, ranking, study.adapted(seed, options, f"masking, {cut}, {ranking}")

@@ -46,19 +46,25 @@ class Run:
         self.lines: list[str] = []
 
     def phase(self, phase: Phase, steps: int = 12) -> None:
-        self.lines += self.adaptive.enter(phase)
+        self.lines += self.adaptive.enter(phase, ([self.loss()] for _ in itertools.count()))
+        self.steps(steps)
+
+    def steps(self, steps: int) -> None:
         groups = [{k: v for k, v in g.items() if k != "param_names"} for g in self.adaptive.parameter_groups()]
         optimizer = torch.optim.AdamW(groups)
         self.model.train()
         for step in range(steps):
             self.adaptive.before_step(step / (steps - 1))
-            logits = self.model(self.ids[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), self.ids[:, 1:].flatten()) + self.adaptive.penalty()
+            loss = self.loss() + self.adaptive.penalty()
             optimizer.zero_grad()
             loss.backward()
             self.adaptive.after_backward()
             optimizer.step()
             self.lines += self.adaptive.after_step()
+
+    def loss(self) -> torch.Tensor:
+        logits = self.model(self.ids[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), self.ids[:, 1:].flatten())
 
     def logits(self) -> torch.Tensor:
         with self.adaptive.evaluation(), torch.no_grad():
@@ -128,13 +134,39 @@ def test_restored_phase_goes_on_exactly(tmp_path: Path, phase: Phase) -> None:
         assert torch.equal(again.training[name], tensor), name
 
 
+@pytest.mark.parametrize(("start", "alike"), [("equal", True), ("activation", False)])
+def test_gates_start_from_what_the_first_batches_show_or_alike(start: str, alike: bool) -> None:
+    run = Run(small_run(gate_start=start, channel_gates="channel"))
+    before = {name: tensor.clone() for name, tensor in run.model.tensors().items()}
+    taken = itertools.count()
+    run.adaptive.enter(Phase.GATES, ([run.loss()] for _ in taken))
+    logits = run.adaptive.pillars().training["logits.channel.0"].clone()
+    assert (len(logits.unique()) == 1) == alike
+    assert next(taken) == (0 if alike else 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.tensors().items())
+    if not alike:
+        outputs: list[torch.Tensor] = []
+        mixer = mixers_of(run.model)[0]
+        mixer.state_gate.logits.data.fill_(9.0)  # type: ignore[operator]
+        mixer.channel_gate.logits.data.fill_(9.0)  # type: ignore[operator]
+        mixer.out_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0].detach().double()))
+        run.loss()
+        added = outputs[0].square().sum((0, 1)) * mixer.out_proj.weight.detach().double().square().sum(0)
+        assert torch.equal(logits.argsort(), added.argsort())
+
+
+def test_without_a_batch_gates_do_not_start() -> None:
+    with pytest.raises(TrainingError, match="there is no batch to start from"):
+        Run(small_run()).adaptive.enter(Phase.GATES)
+
+
 def test_order_updates_happen_while_gates_are_learned() -> None:
     run = Run(small_run())
     run.phase(Phase.DENSE)
+    run.adaptive.enter(Phase.GATES, ([run.loss()] for _ in itertools.count()))
     started = run.adaptive.scan_order
-    run.phase(Phase.GATES)
-    assert any(line.startswith("scan order updated") for line in run.lines)
-    assert not torch.equal(started[0], run.adaptive.scan_order[0])
+    run.steps(12)
+    assert any(not torch.equal(a, b) for a, b in zip(started, run.adaptive.scan_order, strict=True))
 
 
 def test_orders_are_closed_once_gates_are_fixed() -> None:

@@ -10,7 +10,7 @@ import torch
 from tests.models import random_ids, random_model, small_config
 from tests.training.runs import frozen
 from training.config_file import parse_config
-from training.gates import LearnedGate, block_of_channel
+from training.gates import INITIAL_LOGIT, LearnedGate, block_of_channel, sums_by_unit
 from training.gating import Gating
 from training.masks import element_mask, n_of_m_mask
 from training.sparsity import SparsityTarget, best_units, kept_channels, kept_states, layer_costs, shared_counts
@@ -191,6 +191,22 @@ def gating(**options: object) -> Gating:
         for gate in built.gates.values():
             gate.logits.add_(torch.randn(gate.logits.shape, generator=rng))
     return built
+
+
+@pytest.mark.parametrize("channel_gates", ["channel", "block"])
+def test_gates_start_in_the_order_of_what_their_units_carry(channel_gates: str) -> None:
+    built = gating(channel_gates=channel_gates, uniform_widths=False)
+    rng = torch.Generator().manual_seed(3)
+    energies = [torch.rand(40, generator=rng).double() for _ in range(2)]
+    reach = [torch.rand(5, generator=rng).double() for _ in range(2)]
+    built.start(energies, reach)
+    for gate, energy in zip(built.channel_gates, energies, strict=True):
+        carried = energy if gate.unit_of is None else sums_by_unit(energy, gate.unit_of)
+        assert torch.equal(gate.logits.argsort(), carried.argsort())
+    assert all(torch.equal(g.logits.argsort(), r.argsort()) for g, r in zip(built.state_gates, reach, strict=True))
+    first, second = (gate.logits.detach().sort().values for gate in built.channel_gates)
+    assert torch.equal(first, second)  # layers start alike
+    assert float(first.mean()) == pytest.approx(INITIAL_LOGIT, abs=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ["gumbel_sigmoid", "hard_concrete"])

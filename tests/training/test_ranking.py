@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from tests.models import random_ids, random_model, random_tensors, small_config
 from tests.training.runs import frozen, interrupt_after, small_run
 from tests.training.test_resume import assert_same_checkpoint
+from training.activations import state_gains
 from training.config_file import parse_config
 from training.gating import mixers_of
-from training.ranking import Ranking, channel_squares, state_gains, state_squares
+from training.ranking import Ranking, channel_squares, state_squares
 from training.run import resume, train
 from yunmin.axes import take
 from yunmin.checkpoint import load_checkpoint
@@ -39,7 +40,7 @@ def _observe(ranking: Ranking, batches: int = 2) -> torch.Tensor:
     for batch in ids.chunk(batches):
         ranking.observe(0.9)
         ranking.model(batch)
-        ranking.collect()
+        ranking.activations.collect()
     return ids
 
 
@@ -75,7 +76,7 @@ def test_activations_are_what_the_scan_gives_and_what_it_reads_and_writes_with()
     _, B_ssm, C_ssm = dt_B_C.double().flatten(0, 1).split([3, 5, 5], dim=-1)
     assert torch.allclose(ranking.channels[0], outputs[0].double().square().sum((0, 1)))
     assert torch.allclose(ranking.states[0], (B_ssm * C_ssm).abs().sum(0) * state_gains(mixer), rtol=1e-6)
-    assert ranking.steps == 2
+    assert ranking.activations.steps == 2
 
 
 def test_the_gain_of_a_state_is_what_a_steady_input_leaves_in_it() -> None:
