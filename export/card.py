@@ -161,7 +161,7 @@ def _search_section(provenance: Mapping[str, Any], perplexity: Mapping[str, Perp
         text += (
             f"\n\nThe cut to {cut['inner_width']} of {cut['of']} inner channels is approximate: it removed channels "
             f"that training had not closed, ranked by {cut['ranked_by']} on {cut['ranked_on']['source']}; "
-            f"{' and '.join(cut['refit'])} were fitted there to make up for them."
+            f"{' and '.join(cut['fitted'])} were fitted there to make up for them."
         )
     return text
 

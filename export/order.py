@@ -52,7 +52,9 @@ def reordered(compact: Compact, kind: OrderKind, text: Text | None, report: Call
     single = compact.cast(torch.float32)
     report(f"observing activations on {text.sequences().numel()} tokens of {text.source}")
     model = MambaLM.from_tensors(single.config, single.tensors)
-    statistics = input_statistics(model, text.sequences(), with_covariance=kind == "correlation")
+    statistics = input_statistics(
+        model, text.sequences(), covariances=("x_proj", "in_proj") if kind == "correlation" else ()
+    )
     if kind == "correlation":
         report("solving for the correlation order")
         inner = [_correlation_order([statistics[f"{layer_prefix(i)}mixer.x_proj"]]) for i in layers]

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from export.cut import RANKING, channel_importance, kept_channels
+from export.cut import RANKING, READERS, channel_importance, cut_and_fit, kept_channels, observed
 from export.quality import measure
 from export.quantize import quantize_checkpoint
-from export.refit import REFIT, cut_and_refit
 from export.texts import Texts
 from yunmin.artifact import PerplexityRecord
 from yunmin.checkpoint import Checkpoint
@@ -121,8 +120,9 @@ class Search:
         self.exact, self.before, self.limit, self.texts = exact, before, limit, texts
         self.calibrates, self.multiple, self.report = calibrates, multiple, report
         self.full = max(exact.config.d_inner)
-        report(f"ranking channels on {texts.calibration.sequences().numel()} tokens of {texts.calibration.source}")
-        self.importance = channel_importance(exact, texts.calibration)
+        report(f"observing channels on {texts.calibration.sequences().numel()} tokens of {texts.calibration.source}")
+        self.statistics = observed(exact, texts.calibration, for_fit=True)
+        self.importance = channel_importance(exact, self.statistics)
         self.measured: dict[tuple[Format, int], Candidate] = {}
         self._best: tuple[Candidate, Checkpoint] | None = None  # the smallest that passes
 
@@ -191,9 +191,7 @@ class Search:
     def _cut(self, width: int) -> Checkpoint:
         if width == self.full:
             return self.exact
-        assert self.texts.calibration is not None
-        self.report(f"cutting to {width} channels and fitting what reads them")
-        return cut_and_refit(self.exact, kept_channels(self.importance, width), self.texts.calibration.sequences())
+        return cut_and_fit(self.exact, kept_channels(self.importance, width), self.statistics)
 
     def _bytes(self, weight_format: Format, width: int) -> int:
         widths = [min(width, inner) for inner in self.exact.config.d_inner]
@@ -215,7 +213,7 @@ def facts_of(found: Found, share: float, limit: float, texts: Texts, full: int) 
             "inner_width": found.chosen.width,
             "of": full,
             "ranked_by": RANKING,
-            "refit": list(REFIT),
+            "fitted": list(READERS),
             "ranked_on": texts.calibration.describe(),
         }
     return facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -19,24 +20,30 @@ class InputStatistics:
     """Statistics of one projection's inputs.
 
     Attributes:
-        mean, mean_magnitudes, mean_squares: of each input, float64 (n,).
+        mean, mean_squares: of each input, float64 (n,).
         covariance: float64 (n, n), where asked for.
     """
 
     mean: Tensor
-    mean_magnitudes: Tensor
     mean_squares: Tensor
     covariance: Tensor | None
 
+    def second_moments(self) -> Tensor:
+        """Mean of x x^T over the inputs x, float64 (n, n)."""
+        assert self.covariance is not None
+        return self.covariance + torch.outer(self.mean, self.mean)
+
 
 @torch.inference_mode()
-def input_statistics(model: MambaLM, sequences: Tensor, *, with_covariance: bool = False) -> dict[str, InputStatistics]:
+def input_statistics(
+    model: MambaLM, sequences: Tensor, *, covariances: Collection[str] = ()
+) -> dict[str, InputStatistics]:
     """Observes the inputs of every projection but `dt_proj`, by module name.
 
     Args:
         model: in evaluation mode.
         sequences: token ids, int64 (S, L).
-        with_covariance: whether `x_proj` and `in_proj` get covariances, which take n * n numbers each.
+        covariances: projections whose inputs get covariances, which take n * n numbers each.
     """
     names = [
         f"{layer_prefix(layer)}mixer.{projection}"
@@ -44,7 +51,7 @@ def input_statistics(model: MambaLM, sequences: Tensor, *, with_covariance: bool
         for projection in PROJECTIONS
         if projection != "dt_proj"
     ]
-    sums = {name: _Sums(with_covariance and not name.endswith("out_proj")) for name in names}
+    sums = {name: _Sums(name.rpartition(".")[2] in covariances) for name in names}
     with ExitStack() as hooks:
         for name in names:
             hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(sums[name].add))
@@ -57,14 +64,13 @@ class _Sums:
     def __init__(self, with_products: bool) -> None:
         self.with_products = with_products
         self.tokens = 0
-        self.sum = self.magnitudes = self.squares = self.products = torch.zeros((), dtype=torch.float64)
+        self.sum = self.squares = self.products = torch.zeros((), dtype=torch.float64)
 
     def add(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].flatten(0, -2)  # (tokens, n)
         self.tokens += x.shape[0]
         wide = x.double()
         self.sum = self.sum + wide.sum(0)
-        self.magnitudes = self.magnitudes + wide.abs().sum(0)
         self.squares = self.squares + wide.square().sum(0)
         if self.with_products:
             self.products = self.products + x.T @ x
@@ -72,4 +78,4 @@ class _Sums:
     def statistics(self) -> InputStatistics:
         mean = self.sum / self.tokens
         covariance = self.products / self.tokens - torch.outer(mean, mean) if self.with_products else None
-        return InputStatistics(mean, self.magnitudes / self.tokens, self.squares / self.tokens, covariance)
+        return InputStatistics(mean, self.squares / self.tokens, covariance)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from export.compact import Compact, compact_model, read_source
-from export.cut import channel_importance, cut_channels, kept_channels
+from export.cut import channel_importance, cut_channels, kept_channels, observed
 from export.order import permuted, reordered
 from export.quantize import quantize_checkpoint
 from export.statistics import input_statistics
@@ -177,7 +177,7 @@ def _measured(study: Study, laboratory: Laboratory, seed: int, order: str) -> di
     plain, weighted = (_scores(checkpoint, text) for text in (None, calibration))
     for effect, by_activations in _MASKS.items():
         changed[effect] = _masked(checkpoint, weighted if by_activations else plain)
-    importance = channel_importance(checkpoint, calibration)
+    importance = channel_importance(checkpoint, observed(checkpoint, calibration))
     for effect, share in _BLOCK_CUTS.items():
         changed[effect] = cut_channels(checkpoint, [kept_in_blocks(values, share) for values in importance])
     tuning = replace(laboratory.measures, test=str(study.base_text.tune))
@@ -191,7 +191,7 @@ def _measured(study: Study, laboratory: Laboratory, seed: int, order: str) -> di
 def _single(study: Study, laboratory: Laboratory, base: Experiment) -> dict[str, Any]:
     """Test perplexity, by effect, where the same number of single channels is cut."""
     checkpoint, _ = load_artifact(laboratory.artifact(base))
-    importance = channel_importance(checkpoint, _tuning_text(study, checkpoint))
+    importance = channel_importance(checkpoint, observed(checkpoint, _tuning_text(study, checkpoint)))
     found = {}
     for effect, share in _BLOCK_CUTS.items():
         width = round(checkpoint.config.d_inner[0] * (1 - share))
@@ -220,7 +220,8 @@ def _ordered(compact: Compact, order: str, text: Text, seed: int) -> Compact:
             return reordered(compact, order, text, lambda _: None)
     checkpoint = Checkpoint(config, compact.cast(torch.float32).tensors, None, Path())
     if order == "saliency":
-        inner = [torch.argsort(values, descending=True) for values in channel_importance(checkpoint, text)]
+        importance = channel_importance(checkpoint, observed(checkpoint, text))
+        inner = [torch.argsort(values, descending=True) for values in importance]
         return permuted(compact, inner, torch.arange(config.d_model))
     scores = _scores(checkpoint, text if order == "n:m by activations" else None)
     inner = [n_of_m_order([scores[_weight(i, "out_proj")]], _N, _M) for i in layers]

@@ -59,7 +59,7 @@ def neighbour_correlation(correlation: Matrix, order: Tensor) -> float:
 
 
 def _correlations(model: MambaLM, sequences: Tensor) -> list[Matrix]:
-    found = input_statistics(model, sequences[:_BATCH], with_covariance=True)
+    found = input_statistics(model, sequences[:_BATCH], covariances=("x_proj",))
     matrices = []
     for layer in range(model.config.n_layers):
         statistics = found[f"{layer_prefix(layer)}mixer.x_proj"]

@@ -13,7 +13,7 @@ import torch
 from export import search as search_module
 from export.cli import main as export_main
 from export.compact import compact_model, read_source
-from export.cut import channel_importance, cut_channels, kept_channels
+from export.cut import channel_importance, cut_channels, kept_channels, observed
 from export.options import Options
 from export.pipeline import export
 from export.search import FORMATS, Search, parse_increase
@@ -110,7 +110,7 @@ def test_other_increases_are_refused(text: str) -> None:
 
 
 def test_cut_model_equals_one_whose_channels_are_gated_off(exact: Checkpoint) -> None:
-    kept = kept_channels(channel_importance(exact, TEXTS.calibration or TEXTS.measured), 48)
+    kept = kept_channels(channel_importance(exact, observed(exact, TEXTS.measured)), 48)
     cut = cut_channels(exact, kept)
     assert cut.config.d_inner == (48, 48)
     gates = [torch.zeros(width).index_fill(0, index, 1.0) for width, index in zip(CONFIG.d_inner, kept, strict=True)]
@@ -128,7 +128,7 @@ def test_channels_that_add_nothing_go_first(exact: Checkpoint) -> None:
     silent = torch.tensor([3, 17, 70])
     tensors = {**exact.tensors, name: exact.tensors[name].index_fill(1, silent, 0.0)}
     quiet = Checkpoint(exact.config, tensors, None, exact.folder)
-    kept = kept_channels(channel_importance(quiet, TEXTS.measured), 77)
+    kept = kept_channels(channel_importance(quiet, observed(quiet, TEXTS.measured)), 77)
     assert set(range(80)) - set(kept[0].tolist()) == set(silent.tolist())
     assert kept[1].tolist() == list(range(64))  # narrower than the cut: left alone
 

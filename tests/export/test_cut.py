@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from export.cut import cut_channels
-from export.refit import cut_and_refit
+from export.cut import cut_and_fit, cut_channels, observed
+from export.texts import Text
 from tests.export.fixtures import small_config
 from tests.models import random_ids, random_tensors
 from yunmin.axes import layer_prefix
@@ -17,12 +16,16 @@ from yunmin.checkpoint import Checkpoint
 from yunmin.model import MambaLM
 
 CONFIG = small_config().with_widths(d_inner=(48, 40))
-IDS = random_ids(CONFIG, 40, 60)
+TEXT = Text(random_ids(CONFIG, 1, 4096)[0], "text")
 KEPT = [torch.arange(32), torch.arange(40)]
 
 
 def _checkpoint(tensors: dict[str, Tensor] | None = None) -> Checkpoint:
     return Checkpoint(CONFIG, random_tensors(CONFIG) if tensors is None else tensors, None, Path("nowhere"))
+
+
+def _fitted(checkpoint: Checkpoint, kept: list[Tensor] = KEPT) -> Checkpoint:
+    return cut_and_fit(checkpoint, kept, observed(checkpoint, TEXT, for_fit=True))
 
 
 def _first_layer(checkpoint: Checkpoint) -> Tensor:
@@ -31,7 +34,7 @@ def _first_layer(checkpoint: Checkpoint) -> Tensor:
     seen: list[Tensor] = []
     model.backbone.blocks[0].mixer.register_forward_hook(lambda _, __, output: seen.append(output[0]))
     with torch.no_grad():
-        model(IDS)
+        model(TEXT.sequences())
     return seen[0]
 
 
@@ -49,27 +52,25 @@ def test_channels_that_repeat_kept_ones_are_cut_without_loss() -> None:
         rows = tensors[name].view(2, inner, -1)
         tensors[name] = rows.index_copy(1, again, rows[:, :16]).reshape(tensors[name].shape)
     checkpoint = _checkpoint(tensors)
-    plain, refit = cut_channels(checkpoint, KEPT), cut_and_refit(checkpoint, KEPT, IDS)
-    assert _error(checkpoint, refit) < 1e-4 * _error(checkpoint, plain)
+    plain, fitted = cut_channels(checkpoint, KEPT), _fitted(checkpoint)
+    assert _error(checkpoint, fitted) < 1e-4 * _error(checkpoint, plain)
 
 
 def test_what_a_layer_gives_is_closer_than_without() -> None:
     checkpoint = _checkpoint()
-    assert _error(checkpoint, cut_and_refit(checkpoint, KEPT, IDS)) < 0.8 * _error(
-        checkpoint, cut_channels(checkpoint, KEPT)
-    )
+    assert _error(checkpoint, _fitted(checkpoint)) < 0.8 * _error(checkpoint, cut_channels(checkpoint, KEPT))
 
 
 def test_only_what_reads_cut_channels_changes() -> None:
     checkpoint = _checkpoint()
     before = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
-    refit, plain = cut_and_refit(checkpoint, KEPT, IDS), cut_channels(checkpoint, KEPT)
-    changed = {name for name, tensor in refit.tensors.items() if not torch.equal(tensor, plain.tensors[name])}
+    fitted, plain = _fitted(checkpoint), cut_channels(checkpoint, KEPT)
+    changed = {name for name, tensor in fitted.tensors.items() if not torch.equal(tensor, plain.tensors[name])}
     assert changed == {f"{layer_prefix(0)}mixer.{name}.weight" for name in ("x_proj", "out_proj")}
-    assert refit.config == plain.config
+    assert fitted.config == plain.config
     assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in before.items())
     whole = [torch.arange(width) for width in CONFIG.d_inner]
-    same = cut_and_refit(replace(checkpoint), whole, IDS)
+    same = _fitted(checkpoint, whole)
     assert all(torch.equal(same.tensors[name], tensor) for name, tensor in checkpoint.tensors.items())
 
 
@@ -78,5 +79,5 @@ def test_channels_that_never_speak_are_no_obstacle() -> None:
     mixer = f"{layer_prefix(0)}mixer."
     for name in ("conv1d.weight", "conv1d.bias"):
         tensors[mixer + name] = tensors[mixer + name].index_fill(0, torch.arange(20), 0.0)
-    refit = cut_and_refit(_checkpoint(tensors), KEPT, IDS)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in refit.tensors.values())
+    fitted = _fitted(_checkpoint(tensors))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in fitted.tensors.values())
