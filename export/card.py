@@ -160,9 +160,10 @@ def _search_section(provenance: Mapping[str, Any], perplexity: Mapping[str, Perp
     if cut is not None:
         text += (
             f"\n\nThe cut to {cut['inner_width']} of {cut['of']} inner channels is approximate: it removed channels "
-            f"that training had not closed, ranked by {cut['ranked_by']} on {cut['ranked_on']['source']}; "
-            f"{' and '.join(cut['fitted'])} were fitted there to make up for them."
+            f"that training had not closed, ranked by {cut['ranked_by']} on {cut['ranked_on']['source']}."
         )
+        fitted = " and ".join(f"`{projection}`" for projection in cut["fitted"])
+        text += fitted and f" To make up for them, {fitted} were fitted there."
     return text
 
 

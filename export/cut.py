@@ -16,6 +16,7 @@ from export.statistics import InputStatistics, input_statistics
 from export.texts import Text
 from yunmin.axes import layer_prefix, take
 from yunmin.checkpoint import Checkpoint
+from yunmin.errors import CheckpointError
 from yunmin.model import MambaLM
 
 RANKING = "the mean square of what each adds to the residual stream"
@@ -29,10 +30,10 @@ def observed(checkpoint: Checkpoint, text: Text, *, for_fit: bool = False) -> di
     Args:
         checkpoint: float32.
         text: to observe.
-        for_fit: whether there will be fits, which take 2 * D * D numbers of each layer.
+        for_fit: whether there will be fits, for which 2 * D * D float32 numbers of each layer are kept.
     """
     model = MambaLM.from_tensors(checkpoint.config, checkpoint.tensors, shares_memory=True)
-    return input_statistics(model, text.sequences(), covariances=READERS if for_fit else ())
+    return input_statistics(model, text.sequences(), second_moments=READERS if for_fit else ())
 
 
 def channel_importance(checkpoint: Checkpoint, statistics: Mapping[str, InputStatistics]) -> list[Tensor]:
@@ -77,20 +78,43 @@ def cut_and_fit(
     cut = cut_channels(checkpoint, kept)
     tensors = dict(cut.tensors)
     for layer, index in enumerate(kept):
-        is_kept = torch.zeros(checkpoint.config.d_inner[layer], dtype=torch.bool).index_fill(0, index, True)
-        for projection in READERS if not bool(is_kept.all()) else ():
+        is_gone = torch.ones(checkpoint.config.d_inner[layer], dtype=torch.bool).index_fill(0, index, False)
+        for projection in READERS if bool(is_gone.any()) else ():
             name = f"{layer_prefix(layer)}mixer.{projection}"
-            weight = checkpoint.tensors[f"{name}.weight"].double()[:, ~is_kept]
-            moments = statistics[name].second_moments()
-            tensors[f"{name}.weight"] = (
-                tensors[f"{name}.weight"] + (weight @ _regression(moments, ~is_kept, index)).float()
-            )
+            weight = checkpoint.tensors[f"{name}.weight"]
+            if not _is_masked(weight):
+                lost = _regressed(statistics[name], weight.double(), is_gone, index, name)
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + lost.float()
     return replace(cut, tensors=tensors)
 
 
-def _regression(moments: Tensor, gone: Tensor, kept: Tensor) -> Tensor:
-    """How kept channels predict those that are gone, by least squares with damping, float64 (gone, kept)."""
-    own = moments[kept][:, kept]
-    damping = (_DAMPING * own.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny)
-    own.diagonal().add_(damping)
-    return torch.cholesky_solve(moments[kept][:, gone], torch.linalg.cholesky(own)).T
+def fitted_readers(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The projections that `cut_and_fit` fits in some layer: those without masks."""
+    layers = range(checkpoint.config.n_layers)
+    weights = {p: [checkpoint.tensors[f"{layer_prefix(i)}mixer.{p}.weight"] for i in layers] for p in READERS}
+    return tuple(projection for projection, of_layers in weights.items() if not all(map(_is_masked, of_layers)))
+
+
+def _is_masked(weight: Tensor) -> bool:
+    """Whether single weights are zero, which fits must not revive; whole columns may be."""
+    is_zero = weight == 0
+    return bool((is_zero.any(0) & ~is_zero.all(0)).any())
+
+
+def _regressed(observed: InputStatistics, weight: Tensor, gone: Tensor, kept: Tensor, name: str) -> Tensor:
+    """What kept channels can give of what a projection read from those that are gone, as weights (_, kept).
+
+    Least squares with damping, more of it where few tokens were seen for each channel.
+
+    Raises:
+        CheckpointError: activations are not finite.
+    """
+    moments = observed.second_moments
+    assert moments is not None
+    if not bool(torch.isfinite(moments).all()):
+        raise CheckpointError(f"{name}: its inputs on the calibration text are not finite")
+    own = moments[kept][:, kept].double()
+    share = _DAMPING + kept.numel() / observed.tokens
+    own.diagonal().add_((share * own.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
+    read = moments[kept][:, gone].double() @ weight[:, gone].T
+    return torch.cholesky_solve(read, torch.linalg.cholesky(own)).T

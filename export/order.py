@@ -53,7 +53,7 @@ def reordered(compact: Compact, kind: OrderKind, text: Text | None, report: Call
     report(f"observing activations on {text.sequences().numel()} tokens of {text.source}")
     model = MambaLM.from_tensors(single.config, single.tensors)
     statistics = input_statistics(
-        model, text.sequences(), covariances=("x_proj", "in_proj") if kind == "correlation" else ()
+        model, text.sequences(), second_moments=("x_proj", "in_proj") if kind == "correlation" else ()
     )
     if kind == "correlation":
         report("solving for the correlation order")
@@ -92,6 +92,6 @@ def _grouped(
 
 def _correlation_order(observed: list[InputStatistics]) -> Tensor:
     """A short path through channels, by the mean of their correlations where several layers share them."""
-    parts = [correlation_matrix(o.mean, o.covariance) for o in observed if o.covariance is not None]
+    parts = [correlation_matrix(o.mean, o.covariance()) for o in observed]
     cost = 1.0 - abs(sum(parts[1:], parts[0]) / len(parts))
     return torch.from_numpy(two_opt(nearest_neighbour(cost, 0), cost))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from export.cut import RANKING, READERS, channel_importance, cut_and_fit, kept_channels, observed
+from export.cut import RANKING, channel_importance, cut_and_fit, fitted_readers, kept_channels, observed
 from export.quality import measure
 from export.quantize import quantize_checkpoint
+from export.statistics import InputStatistics
 from export.texts import Texts
 from yunmin.artifact import PerplexityRecord
 from yunmin.checkpoint import Checkpoint
@@ -68,12 +71,14 @@ class Found:
         curve: all that were measured, from large to small.
         checkpoint: the chosen one as it is stored.
         kept: per layer, the inner channels that are left, int64.
+        fitted: projections that are fitted where channels are cut.
     """
 
     chosen: Candidate
     curve: tuple[Candidate, ...]
     checkpoint: Checkpoint
     kept: tuple[Tensor, ...]
+    fitted: tuple[str, ...]
 
 
 def parse_increase(text: str) -> float:
@@ -120,9 +125,6 @@ class Search:
         self.exact, self.before, self.limit, self.texts = exact, before, limit, texts
         self.calibrates, self.multiple, self.report = calibrates, multiple, report
         self.full = max(exact.config.d_inner)
-        report(f"observing channels on {texts.calibration.sequences().numel()} tokens of {texts.calibration.source}")
-        self.statistics = observed(exact, texts.calibration, for_fit=True)
-        self.importance = channel_importance(exact, self.statistics)
         self.measured: dict[tuple[Format, int], Candidate] = {}
         self._best: tuple[Candidate, Checkpoint] | None = None  # the smallest that passes
 
@@ -148,7 +150,7 @@ class Search:
                 f"{len(smaller)} is {closest.name} with {closest.perplexity:.4f} in {closest.bytes:,} bytes"
             )
         chosen, checkpoint = self._best
-        return Found(chosen, curve, checkpoint, tuple(kept_channels(self.importance, chosen.width)))
+        return Found(chosen, curve, checkpoint, tuple(self._kept(chosen.width)), fitted_readers(self.exact))
 
     def _narrow(self, weight_format: Format) -> None:
         """Measures widths of a format, unless none can pass or be smaller than the best so far."""
@@ -191,7 +193,20 @@ class Search:
     def _cut(self, width: int) -> Checkpoint:
         if width == self.full:
             return self.exact
-        return cut_and_fit(self.exact, kept_channels(self.importance, width), self.statistics)
+        return cut_and_fit(self.exact, self._kept(width), self._statistics)
+
+    def _kept(self, width: int) -> list[Tensor]:
+        if width == self.full:
+            return [torch.arange(inner) for inner in self.exact.config.d_inner]
+        return kept_channels(channel_importance(self.exact, self._statistics), width)
+
+    @cached_property
+    def _statistics(self) -> dict[str, InputStatistics]:
+        """What channels are ranked and fitted by; it takes memory, and is not needed where no width is tried."""
+        text = self.texts.calibration
+        assert text is not None
+        self.report(f"observing channels on {text.sequences().numel()} tokens of {text.source}")
+        return observed(self.exact, text, for_fit=True)
 
     def _bytes(self, weight_format: Format, width: int) -> int:
         widths = [min(width, inner) for inner in self.exact.config.d_inner]
@@ -213,7 +228,7 @@ def facts_of(found: Found, share: float, limit: float, texts: Texts, full: int) 
             "inner_width": found.chosen.width,
             "of": full,
             "ranked_by": RANKING,
-            "fitted": list(READERS),
+            "fitted": list(found.fitted),
             "ranked_on": texts.calibration.describe(),
         }
     return facts

@@ -20,30 +20,32 @@ class InputStatistics:
     """Statistics of one projection's inputs.
 
     Attributes:
+        tokens: that were observed.
         mean, mean_squares: of each input, float64 (n,).
-        covariance: float64 (n, n), where asked for.
+        second_moments: mean of x x^T over the inputs x, float32 (n, n), where asked for.
     """
 
+    tokens: int
     mean: Tensor
     mean_squares: Tensor
-    covariance: Tensor | None
+    second_moments: Tensor | None
 
-    def second_moments(self) -> Tensor:
-        """Mean of x x^T over the inputs x, float64 (n, n)."""
-        assert self.covariance is not None
-        return self.covariance + torch.outer(self.mean, self.mean)
+    def covariance(self) -> Tensor:
+        """Of the inputs, float64 (n, n); their second moments must have been asked for."""
+        assert self.second_moments is not None
+        return self.second_moments - torch.outer(self.mean, self.mean)
 
 
 @torch.inference_mode()
 def input_statistics(
-    model: MambaLM, sequences: Tensor, *, covariances: Collection[str] = ()
+    model: MambaLM, sequences: Tensor, *, second_moments: Collection[str] = ()
 ) -> dict[str, InputStatistics]:
     """Observes the inputs of every projection but `dt_proj`, by module name.
 
     Args:
         model: in evaluation mode.
         sequences: token ids, int64 (S, L).
-        covariances: projections whose inputs get covariances, which take n * n numbers each.
+        second_moments: projections for whose inputs they are kept, n * n numbers each.
     """
     names = [
         f"{layer_prefix(layer)}mixer.{projection}"
@@ -51,7 +53,7 @@ def input_statistics(
         for projection in PROJECTIONS
         if projection != "dt_proj"
     ]
-    sums = {name: _Sums(name.rpartition(".")[2] in covariances) for name in names}
+    sums = {name: _Sums(name.rpartition(".")[2] in second_moments) for name in names}
     with ExitStack() as hooks:
         for name in names:
             hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(sums[name].add))
@@ -77,5 +79,5 @@ class _Sums:
 
     def statistics(self) -> InputStatistics:
         mean = self.sum / self.tokens
-        covariance = self.products / self.tokens - torch.outer(mean, mean) if self.with_products else None
-        return InputStatistics(mean, self.squares / self.tokens, covariance)
+        moments = self.products.div_(self.tokens) if self.with_products else None
+        return InputStatistics(self.tokens, mean, self.squares / self.tokens, moments)

@@ -13,13 +13,13 @@ class ProgressBar(TerminalBar):
     """Shows one thing at a time: call it with what is done, how much of it, and of how much."""
 
     def __init__(self) -> None:
-        super().__init__("{task.fields[what]}", shows_time_left=True, is_transient=True, what="")
+        super().__init__("{task.fields[what]}", shows_time_left=True, is_transient=True, what="", visible=False)
         self._what = ""
         self._said = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self._what:
-            self.restart(what=what, total=total)
+            self.restart(what=what, total=total, visible=True)
         self._what = what
         self.update(completed=done, total=total)
         if not self.is_drawn and time.monotonic() - self._said >= _SAID_S:

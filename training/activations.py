@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -13,8 +15,11 @@ from training.gating import mixers_of
 from training.parts import Place
 from training.recompute import is_recomputing
 from training.team import ALONE, Team
+from yunmin.errors import TrainingError
 from yunmin.gated import GatedMixer
 from yunmin.model import MambaLM
+
+_FIRST_BATCHES = 8  # that show where gates start
 
 
 class Activations:
@@ -61,6 +66,27 @@ class Activations:
             handle.remove()
         self._handles.clear()
 
+    def look_at(self, batches: Iterable[Iterable[Tensor]], after_batch: Callable[[], object]) -> None:
+        """Sums up the first batches, without gradients.
+
+        Args:
+            batches: the losses of each one's parts on this process, computed when asked for.
+            after_batch: called after each one.
+
+        Raises:
+            TrainingError: there are none.
+        """
+        self.watch()
+        with torch.no_grad():
+            for losses in itertools.islice(batches, _FIRST_BATCHES):
+                for _ in losses:
+                    pass
+                self.collect()
+                after_batch()
+        self.unwatch()
+        if self.steps == 0:
+            raise TrainingError("gate_start=activation: there is no batch to start from")
+
     def collect(self) -> None:
         """Adds what the last batch showed."""
         self.steps += bool(self._seen_channels or self._seen_states)
@@ -75,21 +101,22 @@ class Activations:
         return [sums * _column_squares(mixer) for sums, mixer in zip(self.squares, mixers, strict=True)]
 
     def _see_channels(self, layer: int, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if _is_counted():
-            squares = self._own_rows(inputs[0]).square().sum(0)
+        if not is_recomputing():
+            squares = self._own_rows(inputs[0]).square().sum(0, dtype=torch.float64)
             self._seen_channels[layer] = squares + self._seen_channels.get(layer, 0.0)
 
     def _see_states(self, layer: int, _module: nn.Module, _inputs: tuple[Tensor, ...], maps: Tensor) -> None:
-        if _is_counted():
+        if not is_recomputing():
             mixer = mixers_of(self.model)[layer]
-            _, B_ssm, C_ssm = self._own_rows(maps).split(mixer.split_sizes, dim=-1)
+            _, B_ssm, C_ssm = self._own_rows(maps).double().split(mixer.split_sizes, dim=-1)
             reach = (B_ssm * C_ssm).abs().sum(0) * state_gains(mixer)
             self._seen_states[layer] = reach + self._seen_states.get(layer, 0.0)
 
     def _own_rows(self, values: Tensor) -> Tensor:
-        """What belongs to this process's sequences, (B, L, _) as (B*L, _), float64."""
+        """What belongs to this process's sequences, (B, L, _) as (B*L, _), float32 or wider."""
         rows = None if self.place is None else self.place.rows
-        return values.detach()[:rows].double().flatten(0, -2)
+        own = values.detach()[:rows].flatten(0, -2)
+        return own.to(torch.promote_types(own.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -105,8 +132,3 @@ def state_gains(mixer: GatedMixer) -> Tensor:
 
 def _column_squares(mixer: GatedMixer) -> Tensor:
     return mixer.out_proj.weight.detach().double().square().sum(0).cpu()
-
-
-def _is_counted() -> bool:
-    """Whether a training step computes something for the first time."""
-    return torch.is_grad_enabled() and not is_recomputing()

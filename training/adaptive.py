@@ -11,12 +11,13 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from training.activations import Activations
 from training.adapters import Adapters, adapter_tensors
 from training.allotment import Allotment
 from training.config import TrainingConfig
 from training.cut import check_widths, exact_masks
 from training.gradients import GradientWatch
-from training.masking import Masking
+from training.masking import Masking, first_activations
 from training.observation import ScanOrders
 from training.parts import Place
 from training.phases import Phase
@@ -54,6 +55,7 @@ class AdaptiveModel:
         self.phase = Phase.DENSE
         self._generator = generator
         self._masking: Masking | None = None
+        self._first: Activations | None = None  # seen before gates are put in
         self._fixed = Pillars.identity(model.config)  # gates and masks in force outside the gate phase
         self._adapters: dict[str, PeftConfig] = {}
         self._allotment = Allotment(model, config, team)
@@ -78,9 +80,7 @@ class AdaptiveModel:
         self.phase = phase
         match phase:
             case Phase.GATES:
-                self._masking = self._new_masking()
-                self._scans.observe(wanted=False)
-                self._masking.begin(batches)
+                lines += self._begin_masking(batches)
                 self._allotment.follow()
             case Phase.RECOVER | Phase.ADAPTERS:
                 lines += self._fix_gates()
@@ -106,8 +106,7 @@ class AdaptiveModel:
             self._scans.close()
         self._scans.load_tensors(saved)
         if phase is Phase.GATES:
-            self._masking = self._new_masking()
-            self._masking.load_tensors(saved)
+            self._install_masking().load_tensors(saved)
             self._allotment.follow()
         else:
             self._fixed = pillars
@@ -149,6 +148,8 @@ class AdaptiveModel:
     def show(self, place: Place) -> None:
         """Says which sequences of the batch the next forward pass has."""
         self._scans.show(place)
+        if self._first is not None:
+            self._first.place = place
         if self._masking is not None:
             self._masking.show(place)
 
@@ -244,8 +245,25 @@ class AdaptiveModel:
             return []  # blocks that were learned must not change their members at the last moment
         return self._order_changed(self._scans.solve())
 
-    def _new_masking(self) -> Masking:
-        return Masking(self.model, self.config, self.scan_order, self._generator, self.team)
+    def _begin_masking(self, batches: Iterable[Iterable[Tensor]]) -> list[str]:
+        """Puts gates in, which start from what batches show; learned blocks form in an order that is solved first."""
+        lines: list[str] = []
+        self._first = first_activations(self.model, self.config, self.team)
+        if self._first is not None:
+            is_unordered = self.config.dense_share == 0 and self.config.channel_gates == "block"
+            self._scans.observe(wanted=is_unordered)
+            self._first.look_at(batches, self._scans.update)
+            lines = self._order_changed(self._scans.solve()) if is_unordered else []
+        self._install_masking(self._first)
+        self._first = None
+        return lines
+
+    def _install_masking(self, first: Activations | None = None) -> Masking:
+        masking = Masking(self.model, self.config, self.scan_order, self._generator, self.team, first)
+        if masking.has_learned_blocks and self.config.order_objective == "saliency":
+            self._scans.close()  # what gates have closed for a while says nothing of what it would add
+        self._masking = masking
+        return masking
 
     def _fix_gates(self) -> list[str]:
         """Ends the gate phase: exact widths, fixed gates and masks; orders stay as they are from here on."""

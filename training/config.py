@@ -126,7 +126,9 @@ class TrainingConfig(BaseModel):
         "activation", description="what decides which states are kept"
     )
     gate_start: Literal["activation", "equal"] = Field(
-        "activation", description="first logits of learned gates: by what channels and states carry, or all the same"
+        "activation",
+        description="first logits of learned gates: in the order of what a layer's channels and states carry, or all "
+        "the same",
     )
     channel_gates: Literal["channel", "block"] = Field("channel", description="a gate for each channel or block")
     gate_block_size: Count = Field(16, description="channels, neighbours in scan order, that share a block gate")
@@ -252,6 +254,8 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 "importance_steps is for allocation=importance by gradient or spectrum, or for lora_init=gradient"
             )
+        if reads_gates and self.importance == "magnitude" and self.gate_start != "equal":
+            raise ValueError("importance=magnitude compares logits that started alike, gate_start must be equal")
         is_measured = self.allocation != "importance" or self.importance_batches > 0
         if self.enable_peft and not self.enable_masking and self.dense_share == 0 and not is_measured:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 Estimator = Literal["gumbel_sigmoid", "hard_concrete"]
 
-INITIAL_LOGIT = 2.5  # keeps 92 % at the start: open, yet with a gradient
+INITIAL_LOGIT = 2.5  # where gates start alike: keeps 92 %, open, yet with a gradient
 _STRETCH_LOW, _STRETCH_HIGH, _BETA = -0.1, 1.1, 2.0 / 3.0  # Louizos, Welling & Kingma 2018, section 4
 _LEAST_KEPT = 0.05  # a unit that is kept must not be cut by a value of zero
 

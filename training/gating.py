@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -64,11 +65,6 @@ class Gating:
         named |= {f"state.{i}": gate for i, gate in enumerate(self.state_gates)}
         return named | {f"weight.{name}": gate for name, gate in self.mask_gates.items()}
 
-    @property
-    def follow_activations(self) -> bool:
-        """Whether logits are to start from what activations show; see `start`."""
-        return self.config.gate_start == "activation"
-
     @torch.no_grad()
     def start(self, energies: Sequence[Tensor], reach: Sequence[Tensor]) -> None:
         """Lets logits start in the order of what units carry, normally distributed in each layer.
@@ -77,11 +73,12 @@ class Gating:
             energies: what each channel adds to the residual stream (D,), per layer; a block has the sum.
             reach: how far each state carries (N,), per layer.
         """
+        channels, states = self.config.target_sparsity, self.config.target_state_sparsity
         for gate, scores in zip(self.channel_gates, energies, strict=bool(self.channel_gates)):
             of_units = scores if gate.unit_of is None else sums_by_unit(scores, gate.unit_of.cpu())
-            gate.logits.copy_(INITIAL_LOGIT + _START_DEVIATION * _normal(of_units))
+            gate.logits.copy_(_first_logits(of_units, channels))
         for gate, scores in zip(self.state_gates, reach, strict=bool(self.state_gates)):
-            gate.logits.copy_(INITIAL_LOGIT + _START_DEVIATION * _normal(scores))
+            gate.logits.copy_(_first_logits(scores, states))
 
     def sample(self, progress: float, generator: torch.Generator) -> None:
         """Draws all gates for a step at a point of the gate phase, 0 to 1."""
@@ -218,11 +215,13 @@ class Gating:
             self.mask_gates[f"{layer_prefix(layer)}mixer.{target}"] = gate
 
 
-def _normal(scores: Tensor) -> Tensor:
-    """Scores by rank, as equal parts of a standard normal distribution."""
+def _first_logits(scores: Tensor, target: float) -> Tensor:
+    """Logits in the order of scores, normally distributed, that cut no more than the target to begin with."""
     ranks = scores.argsort(stable=True).argsort()
     spread: Tensor = torch.special.ndtri((ranks + 0.5) / len(ranks))
-    return spread
+    # the mean of sigmoids of normal logits is about sigmoid(mean / widening) (MacKay 1992)
+    widening = math.sqrt(1 + math.pi / 8 * _START_DEVIATION**2)
+    return max(INITIAL_LOGIT, widening * math.log((1 - target) / target)) + _START_DEVIATION * spread
 
 
 def mixers_of(model: MambaLM) -> list[GatedMixer]:

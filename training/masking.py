@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,10 +14,16 @@ from training.gating import Gating
 from training.parts import Place
 from training.ranking import Ranking
 from training.team import ALONE, Team
-from yunmin.errors import TrainingError
 from yunmin.model import MambaLM
 
-_FIRST_BATCHES = 8  # that show where gates start
+
+def first_activations(model: MambaLM, config: TrainingConfig, team: Team) -> Activations | None:
+    """An observer of what learned gates start from; None where they all start alike."""
+    channels = config.gate_ranking == "learned" and config.target_sparsity > 0
+    states = config.state_ranking == "learned" and config.target_state_sparsity > 0
+    if config.gate_start == "equal" or not (channels or states):
+        return None
+    return Activations(model, team, channels=channels, states=states)
 
 
 class Masking:
@@ -30,6 +35,7 @@ class Masking:
         scan_order: per layer, int64 (D,); neighbours in it form blocks and N:M groups.
         generator: of random scores.
         team: that trains together.
+        first: what was seen before the phase, where logits start from it; None where they all start alike, or go on.
     """
 
     def __init__(
@@ -39,12 +45,12 @@ class Masking:
         scan_order: Sequence[Tensor],
         generator: torch.Generator,
         team: Team = ALONE,
+        first: Activations | None = None,
     ) -> None:
-        self.model = model
-        self.team = team
         self._gates = Gating(model, config, scan_order)
+        if first is not None:
+            self._gates.start(first.energies(), first.reach)
         self._ranking = Ranking(model, config, generator, team)
-        self._observing = self._ranking.activations
 
     @property
     def has_learned_blocks(self) -> bool:
@@ -56,34 +62,9 @@ class Masking:
         self._gates.sample(progress, generator)
         self._ranking.observe(progress)
 
-    def begin(self, batches: Iterable[Iterable[Tensor]]) -> None:
-        """Lets the logits of channels and states follow what activations show, before the first step.
-
-        Args:
-            batches: the losses of each one's parts on this process, computed when asked for.
-
-        Raises:
-            TrainingError: there are none.
-        """
-        gates = self._gates
-        if not (gates.follow_activations and (gates.channel_gates or gates.state_gates)):
-            return
-        seen = Activations(self.model, self.team, channels=bool(gates.channel_gates), states=bool(gates.state_gates))
-        self._observing = seen
-        seen.watch()
-        for losses in itertools.islice(batches, _FIRST_BATCHES):
-            for _ in losses:
-                pass
-            seen.collect()
-        seen.unwatch()
-        if seen.steps == 0:
-            raise TrainingError("gate_start=activation: there is no batch to start from")
-        self._observing = self._ranking.activations
-        gates.start(seen.energies(), seen.reach)
-
     def show(self, place: Place) -> None:
         """Says which sequences of the batch come next."""
-        self._observing.place = place
+        self._ranking.activations.place = place
 
     def penalty(self) -> Tensor:
         """The Lagrangian terms of all targets, a scalar to add to the loss."""

@@ -1,7 +1,7 @@
 """Pillar 2 without learning: cuts by magnitude, by activations or at random.
 
 Without a learned gate the weights train on in the gate phase as in the dense one; at its end the same exact widths are
-cut as learned gates would have. So all rankings have an equal budget.
+cut as learned gates would have. So all rankings take as many steps.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class VariableScanOptimizer:
         """Adds a batch to the statistics, and solves when it is time.
 
         Args:
-            x: activations after the convolution (B, L, D).
+            x: activations of the channels (B, L, D), after the convolution or what the scan gives.
             gradient: of the loss with respect to x (B, L, D); weighs channels by mean |x * gradient|, or None.
 
         Returns:

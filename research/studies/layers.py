@@ -59,12 +59,11 @@ def neighbour_correlation(correlation: Matrix, order: Tensor) -> float:
 
 
 def _correlations(model: MambaLM, sequences: Tensor) -> list[Matrix]:
-    found = input_statistics(model, sequences[:_BATCH], covariances=("x_proj",))
+    found = input_statistics(model, sequences[:_BATCH], second_moments=("x_proj",))
     matrices = []
     for layer in range(model.config.n_layers):
         statistics = found[f"{layer_prefix(layer)}mixer.x_proj"]
-        assert statistics.covariance is not None
-        matrices.append(correlation_matrix(statistics.mean, statistics.covariance))
+        matrices.append(correlation_matrix(statistics.mean, statistics.covariance()))
     return matrices
 
 

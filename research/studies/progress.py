@@ -18,7 +18,7 @@ class Progress(TerminalBar):
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        super().__init__(after="{task.fields[left]}", stream=stream, left="")
+        super().__init__(after="{task.fields[left]}", stream=stream, total=None, left="")
         self._total = self._done = 0
         self._begun = time.monotonic()
 

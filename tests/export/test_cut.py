@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-from export.cut import cut_and_fit, cut_channels, observed
+from export.cut import cut_and_fit, cut_channels, fitted_readers, observed
 from export.texts import Text
 from tests.export.fixtures import small_config
 from tests.models import random_ids, random_tensors
 from yunmin.axes import layer_prefix
 from yunmin.checkpoint import Checkpoint
+from yunmin.errors import CheckpointError
 from yunmin.model import MambaLM
 
 CONFIG = small_config().with_widths(d_inner=(48, 40))
@@ -53,7 +55,7 @@ def test_channels_that_repeat_kept_ones_are_cut_without_loss() -> None:
         tensors[name] = rows.index_copy(1, again, rows[:, :16]).reshape(tensors[name].shape)
     checkpoint = _checkpoint(tensors)
     plain, fitted = cut_channels(checkpoint, KEPT), _fitted(checkpoint)
-    assert _error(checkpoint, fitted) < 1e-4 * _error(checkpoint, plain)
+    assert _error(checkpoint, fitted) < 1e-3 * _error(checkpoint, plain)
 
 
 def test_what_a_layer_gives_is_closer_than_without() -> None:
@@ -81,3 +83,33 @@ def test_channels_that_never_speak_are_no_obstacle() -> None:
         tensors[mixer + name] = tensors[mixer + name].index_fill(0, torch.arange(20), 0.0)
     fitted = _fitted(_checkpoint(tensors))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in fitted.tensors.values())
+
+
+def test_few_tokens_do_no_harm() -> None:
+    checkpoint = _checkpoint()
+    plain = _error(checkpoint, cut_channels(checkpoint, KEPT))
+    for tokens in (2, 20, 32, 40, 64):
+        text = Text(TEXT.token_ids[-tokens:], "little text")
+        fitted = cut_and_fit(checkpoint, KEPT, observed(checkpoint, text, for_fit=True))
+        assert _error(checkpoint, fitted) < 1.1 * plain
+
+
+@pytest.mark.parametrize("projection", ["x_proj", "out_proj"])
+def test_masked_weights_stay_zero(projection: str) -> None:
+    tensors = random_tensors(CONFIG)
+    name = f"{layer_prefix(0)}mixer.{projection}.weight"
+    mask = torch.rand(tensors[name].shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    tensors[name] = tensors[name] * mask
+    checkpoint = _checkpoint(tensors)
+    fitted, plain = _fitted(checkpoint), cut_channels(checkpoint, KEPT)
+    assert torch.equal(fitted.tensors[name], plain.tensors[name])
+    other = f"{layer_prefix(0)}mixer.{'out_proj' if projection == 'x_proj' else 'x_proj'}.weight"
+    assert not torch.equal(fitted.tensors[other], plain.tensors[other])
+    assert fitted_readers(checkpoint) == ("x_proj", "out_proj")  # in the other layer
+
+
+def test_activations_that_are_not_finite_are_told() -> None:
+    tensors = random_tensors(CONFIG)
+    tensors[f"{layer_prefix(0)}mixer.in_proj.weight"][5] = float("nan")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mixer\.x_proj: its inputs on the calibration text"):
+        _fitted(_checkpoint(tensors))

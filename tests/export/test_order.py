@@ -140,9 +140,10 @@ def test_statistics_are_those_of_the_inputs_seen() -> None:
     model(ids)
     hook.remove()
     x = seen[0].flatten(0, 1).double()
-    found = input_statistics(model, ids, covariances=("in_proj", "x_proj"))[name]
+    found = input_statistics(model, ids, second_moments=("in_proj", "x_proj"))[name]
     torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.mean_squares, x.square().mean(0), rtol=1e-5, atol=1e-6)
-    assert found.covariance is not None
-    torch.testing.assert_close(found.covariance, torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.second_moments(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert found.second_moments is not None
+    torch.testing.assert_close(found.covariance(), torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.second_moments.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert found.tokens == len(x)

@@ -139,7 +139,16 @@ def test_gates_start_from_what_the_first_batches_show_or_alike(start: str, alike
     run = Run(small_run(gate_start=start, channel_gates="channel"))
     before = {name: tensor.clone() for name, tensor in run.model.tensors().items()}
     taken = itertools.count()
-    run.adaptive.enter(Phase.GATES, ([run.loss()] for _ in taken))
+    noise = torch.get_rng_state()
+    losses: list[torch.Tensor] = []
+
+    def loss() -> torch.Tensor:
+        losses.append(run.loss())
+        return losses[-1]
+
+    run.adaptive.enter(Phase.GATES, ([loss()] for _ in taken))
+    assert not any(loss.requires_grad for loss in losses)
+    assert torch.equal(noise, torch.get_rng_state())
     logits = run.adaptive.pillars().training["logits.channel.0"].clone()
     assert (len(logits.unique()) == 1) == alike
     assert next(taken) == (0 if alike else 8)
@@ -153,6 +162,17 @@ def test_gates_start_from_what_the_first_batches_show_or_alike(start: str, alike
         run.loss()
         added = outputs[0].square().sum((0, 1)) * mixer.out_proj.weight.detach().double().square().sum(0)
         assert torch.equal(logits.argsort(), added.argsort())
+
+
+def test_blocks_that_are_learned_from_the_start_form_in_an_order_of_what_channels_carry() -> None:
+    run = Run(small_run(channel_gates="block", scan_objective="saliency", dense_share=0, scan_update_frequency=2))
+    run.phase(Phase.GATES, steps=0)
+    order = run.adaptive.scan_order
+    assert not torch.equal(order[0], torch.arange(40))
+    logits = run.adaptive.pillars().training["logits.channel.0"]
+    assert torch.equal(logits.argsort(descending=True), torch.arange(5))  # the first blocks carry most
+    run.steps(6)
+    assert all(torch.equal(a, b) for a, b in zip(order, run.adaptive.scan_order, strict=True))  # closed gates hide
 
 
 def test_without_a_batch_gates_do_not_start() -> None:

@@ -209,6 +209,17 @@ def test_gates_start_in_the_order_of_what_their_units_carry(channel_gates: str) 
     assert float(first.mean()) == pytest.approx(INITIAL_LOGIT, abs=1e-5)
 
 
+@pytest.mark.parametrize("target", [0.02, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("estimator", ["gumbel_sigmoid", "hard_concrete"])
+def test_gates_do_not_start_with_more_cut_than_the_target(estimator: str, target: float) -> None:
+    built = gating(target_sparsity=target, state_ranking="activation", gate_estimator=estimator)
+    scores = [torch.arange(40).double()] * 2
+    built.start(scores, [])
+    assert float(built.expected_sparsity()["channels"].detach()) < 1.1 * target + 0.01
+    is_cut = [gate.deterministic() == 0 for gate in built.channel_gates]
+    assert all(int(cut.sum()) <= 40 * target + 1 for cut in is_cut)
+
+
 @pytest.mark.parametrize("estimator", ["gumbel_sigmoid", "hard_concrete"])
 @pytest.mark.parametrize("channel_gates", ["channel", "block"])
 def test_frozen_widths_are_exact(channel_gates: str, estimator: str) -> None:
