@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
         help="store weights in int8, one scale per row, or int4, one per 32 inputs",
     )
     arguments.add_argument(
-        "--calibrate", metavar="SOURCE", help="text that int4 weights are rounded for (GPTQ), and orders are solved on"
+        "--calibrate",
+        metavar="SOURCE",
+        help="text that int4 weights are rounded for (GPTQ), orders are solved on, and approximate cuts go by",
     )
     arguments.add_argument(
         "--order",
