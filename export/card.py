@@ -163,7 +163,7 @@ def _search_section(provenance: Mapping[str, Any], perplexity: Mapping[str, Perp
             f"that training had not closed, ranked by {cut['ranked_by']} on {cut['ranked_on']['source']}."
         )
         fitted = " and ".join(f"`{projection}`" for projection in cut["fitted"])
-        text += fitted and f" To make up for them, {fitted} were fitted there."
+        text += fitted and f" To make up for them, {fitted} {'were' if len(cut['fitted']) > 1 else 'was'} fitted there."
     return text
 
 

@@ -21,7 +21,8 @@ from yunmin.model import MambaLM
 
 RANKING = "the mean square of what each adds to the residual stream"
 READERS = ("x_proj", "out_proj")  # of inner channels
-_DAMPING = 1e-4  # share of the inputs' mean square: weights of what is hardly seen stay as they are
+_DAMPING = 1e-4  # share of the inputs' mean squares: weights of what is hardly seen stay as they are
+_MASKED_FROM = 0.01  # share of zeros among a projection's weights
 
 
 def observed(checkpoint: Checkpoint, text: Text, *, for_fit: bool = False) -> dict[str, InputStatistics]:
@@ -88,20 +89,21 @@ def cut_and_fit(
     return replace(cut, tensors=tensors)
 
 
-def fitted_readers(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The projections that `cut_and_fit` fits in some layer: those without masks."""
-    layers = range(checkpoint.config.n_layers)
-    weights = {p: [checkpoint.tensors[f"{layer_prefix(i)}mixer.{p}.weight"] for i in layers] for p in READERS}
+def fitted_readers(checkpoint: Checkpoint, kept: Sequence[Tensor]) -> tuple[str, ...]:
+    """The projections that `cut_and_fit` fits in some layer."""
+    cut = [i for i, index in enumerate(kept) if index.numel() < checkpoint.config.d_inner[i]]
+    weights = {p: [checkpoint.tensors[f"{layer_prefix(i)}mixer.{p}.weight"] for i in cut] for p in READERS}
     return tuple(projection for projection, of_layers in weights.items() if not all(map(_is_masked, of_layers)))
 
 
 def _is_masked(weight: Tensor) -> bool:
-    """Whether single weights are zero, which fits must not revive; whole columns may be."""
+    """Whether many single weights are zero, which fits would revive; whole columns may be, and a few that underflew."""
     is_zero = weight == 0
-    return bool((is_zero.any(0) & ~is_zero.all(0)).any())
+    of_columns = is_zero[:, ~is_zero.all(0)]
+    return bool(of_columns.sum() > _MASKED_FROM * of_columns.numel())
 
 
-def _regressed(observed: InputStatistics, weight: Tensor, gone: Tensor, kept: Tensor, name: str) -> Tensor:
+def _regressed(inputs: InputStatistics, weight: Tensor, gone: Tensor, kept: Tensor, name: str) -> Tensor:
     """What kept channels can give of what a projection read from those that are gone, as weights (_, kept).
 
     Least squares with damping, more of it where few tokens were seen for each channel.
@@ -109,12 +111,13 @@ def _regressed(observed: InputStatistics, weight: Tensor, gone: Tensor, kept: Te
     Raises:
         CheckpointError: activations are not finite.
     """
-    moments = observed.second_moments
+    moments = inputs.second_moments
     assert moments is not None
     if not bool(torch.isfinite(moments).all()):
         raise CheckpointError(f"{name}: its inputs on the calibration text are not finite")
     own = moments[kept][:, kept].double()
-    share = _DAMPING + kept.numel() / observed.tokens
-    own.diagonal().add_((share * own.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
+    share = _DAMPING + kept.numel() / inputs.tokens
+    squares = own.diagonal().clone()  # damped by their own and by the median, which outliers leave alone
+    own.diagonal().add_((share * (squares + squares.median())).clamp(min=torch.finfo(torch.float32).tiny))
     read = moments[kept][:, gone].double() @ weight[:, gone].T
     return torch.cholesky_solve(read, torch.linalg.cholesky(own)).T

@@ -150,7 +150,8 @@ class Search:
                 f"{len(smaller)} is {closest.name} with {closest.perplexity:.4f} in {closest.bytes:,} bytes"
             )
         chosen, checkpoint = self._best
-        return Found(chosen, curve, checkpoint, tuple(self._kept(chosen.width)), fitted_readers(self.exact))
+        kept = tuple(self._kept(chosen.width))
+        return Found(chosen, curve, checkpoint, kept, fitted_readers(self.exact, kept))
 
     def _narrow(self, weight_format: Format) -> None:
         """Measures widths of a format, unless none can pass or be smaller than the best so far."""

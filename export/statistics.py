@@ -75,7 +75,9 @@ class _Sums:
         self.sum = self.sum + wide.sum(0)
         self.squares = self.squares + wide.square().sum(0)
         if self.with_products:
-            self.products = self.products + x.T @ x
+            if self.products.dim() == 0:
+                self.products = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32)
+            self.products.addmm_(x.T.float(), x.float())
 
     def statistics(self) -> InputStatistics:
         mean = self.sum / self.tokens

@@ -19,7 +19,7 @@ from yunmin.errors import TrainingError
 from yunmin.gated import GatedMixer
 from yunmin.model import MambaLM
 
-_FIRST_BATCHES = 8  # that show where gates start
+FIRST_BATCHES = 8  # that show where gates start
 
 
 class Activations:
@@ -66,6 +66,11 @@ class Activations:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything is to be observed."""
+        return self._channels or self._states
+
     def look_at(self, batches: Iterable[Iterable[Tensor]], after_batch: Callable[[], object]) -> None:
         """Sums up the first batches, without gradients.
 
@@ -77,15 +82,17 @@ class Activations:
             TrainingError: there are none.
         """
         self.watch()
+        looked = 0
         with torch.no_grad():
-            for losses in itertools.islice(batches, _FIRST_BATCHES):
+            for losses in itertools.islice(batches, FIRST_BATCHES):
                 for _ in losses:
                     pass
                 self.collect()
                 after_batch()
+                looked += 1
         self.unwatch()
-        if self.steps == 0:
-            raise TrainingError("gate_start=activation: there is no batch to start from")
+        if looked == 0:
+            raise TrainingError("the gate phase: there is no batch to start from")
 
     def collect(self) -> None:
         """Adds what the last batch showed."""

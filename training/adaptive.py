@@ -17,7 +17,7 @@ from training.allotment import Allotment
 from training.config import TrainingConfig
 from training.cut import check_widths, exact_masks
 from training.gradients import GradientWatch
-from training.masking import Masking, first_activations
+from training.masking import Masking, starts_from
 from training.observation import ScanOrders
 from training.parts import Place
 from training.phases import Phase
@@ -241,29 +241,30 @@ class AdaptiveModel:
         return [f"scan order updated in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"]
 
     def _solve_order(self) -> list[str]:
-        if self._masking is not None and self._masking.has_learned_blocks:
+        if self._masking is not None and self.config.has_learned_blocks:
             return []  # blocks that were learned must not change their members at the last moment
         return self._order_changed(self._scans.solve())
 
     def _begin_masking(self, batches: Iterable[Iterable[Tensor]]) -> list[str]:
         """Puts gates in, which start from what batches show; learned blocks form in an order that is solved first."""
-        lines: list[str] = []
-        self._first = first_activations(self.model, self.config, self.team)
-        if self._first is not None:
-            is_unordered = self.config.dense_share == 0 and self.config.channel_gates == "block"
-            self._scans.observe(wanted=is_unordered)
-            self._first.look_at(batches, self._scans.update)
-            lines = self._order_changed(self._scans.solve()) if is_unordered else []
-        self._install_masking(self._first)
-        self._first = None
-        return lines
+        config, changed = self.config, list[int]()
+        is_solvable = config.scan_mode != "none" and not config.scan_gradient_weighted
+        needs_order = is_solvable and config.has_learned_blocks and config.dense_share == 0
+        starts = Activations(self.model, self.team, **starts_from(config))
+        if starts.is_needed or needs_order:
+            self._scans.observe(wanted=needs_order)
+            self._first = starts
+            starts.look_at(batches, lambda: changed.extend(self._scans.update()))
+            self._first = None
+            changed += self._scans.solve() if needs_order else []
+        self._install_masking(starts if starts.is_needed else None)
+        return self._order_changed(sorted(set(changed)))
 
-    def _install_masking(self, first: Activations | None = None) -> Masking:
-        masking = Masking(self.model, self.config, self.scan_order, self._generator, self.team, first)
-        if masking.has_learned_blocks and self.config.order_objective == "saliency":
+    def _install_masking(self, starts: Activations | None = None) -> Masking:
+        self._masking = Masking(self.model, self.config, self.scan_order, self._generator, self.team, starts)
+        if self.config.has_learned_blocks and self.config.order_objective == "saliency":
             self._scans.close()  # what gates have closed for a while says nothing of what it would add
-        self._masking = masking
-        return masking
+        return self._masking
 
     def _fix_gates(self) -> list[str]:
         """Ends the gate phase: exact widths, fixed gates and masks; orders stay as they are from here on."""
@@ -288,8 +289,10 @@ class AdaptiveModel:
         self._train_only_adapters()
         is_first = self.config.dense_share == 0 and not self.config.enable_masking  # orders, too, are learned here
         self._scans.observe(wanted=is_first)
-        self._allotment.measure(batches, self._scans.update)
-        lines = self._order_changed(self._scans.solve()) if is_first else []
+        changed: set[int] = set()
+        self._allotment.measure(batches, lambda: changed.update(self._scans.update()))
+        changed.update(self._scans.solve() if is_first else ())
+        lines = self._order_changed(sorted(changed))
         self._adapters, described = self._allotment.adapt(self._fixed, self._generator)
         self.model.to(self.model.device)
         self._train_only_adapters()

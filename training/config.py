@@ -98,7 +98,9 @@ class TrainingConfig(BaseModel):
 
     # pillar 1: scan order
     scan_mode: Literal["none", "static", "dynamic"] = Field(
-        "dynamic", description="static solves the order once, dynamic every scan_update_frequency steps"
+        "dynamic",
+        description="static solves the order once, dynamic every scan_update_frequency steps; by saliency not while "
+        "blocks are learned",
     )
     scan_start: Literal["identity", "random"] = Field("identity", description="the first order")
     scan_update_frequency: Count = Field(1000, description="steps between two orders")
@@ -202,6 +204,12 @@ class TrainingConfig(BaseModel):
             return "n:m"
         has_blocks = self.enable_masking and self.channel_gates == "block" and self.target_sparsity > 0
         return "saliency" if has_blocks else "quantization"
+
+    @property
+    def has_learned_blocks(self) -> bool:
+        """Whether neighbours in scan order share learned gates."""
+        learns = self.enable_masking and self.gate_ranking == "learned" and self.target_sparsity > 0
+        return learns and self.channel_gates == "block" and self.gate_block_size > 1
 
     @property
     def needs_spectra(self) -> bool:

@@ -20,6 +20,8 @@ from yunmin.model import MambaLM
 
 _START_DEVIATION = 4.0  # of logits within a layer, where they start from activations; 1, 2 and 8 gave worse cuts
 
+_MOST_OPEN = 10.0  # mean to start from where next to nothing is to be cut: further up gates would not move
+
 
 class Gating:
     """Learned gates on inner channels (or blocks of them), states and weights, as configured.
@@ -221,7 +223,8 @@ def _first_logits(scores: Tensor, target: float) -> Tensor:
     spread: Tensor = torch.special.ndtri((ranks + 0.5) / len(ranks))
     # the mean of sigmoids of normal logits is about sigmoid(mean / widening) (MacKay 1992)
     widening = math.sqrt(1 + math.pi / 8 * _START_DEVIATION**2)
-    return max(INITIAL_LOGIT, widening * math.log((1 - target) / target)) + _START_DEVIATION * spread
+    mean = min(max(INITIAL_LOGIT, widening * math.log((1 - target) / target)), _MOST_OPEN)
+    return mean + _START_DEVIATION * spread
 
 
 def mixers_of(model: MambaLM) -> list[GatedMixer]:

@@ -17,13 +17,13 @@ from training.team import ALONE, Team
 from yunmin.model import MambaLM
 
 
-def first_activations(model: MambaLM, config: TrainingConfig, team: Team) -> Activations | None:
-    """An observer of what learned gates start from; None where they all start alike."""
-    channels = config.gate_ranking == "learned" and config.target_sparsity > 0
-    states = config.state_ranking == "learned" and config.target_state_sparsity > 0
-    if config.gate_start == "equal" or not (channels or states):
-        return None
-    return Activations(model, team, channels=channels, states=states)
+def starts_from(config: TrainingConfig) -> dict[str, bool]:
+    """Which activations learned gates start from, as `Activations` takes them."""
+    is_wanted = config.gate_start == "activation"
+    return {
+        "channels": is_wanted and config.gate_ranking == "learned" and config.target_sparsity > 0,
+        "states": is_wanted and config.state_ranking == "learned" and config.target_state_sparsity > 0,
+    }
 
 
 class Masking:
@@ -35,7 +35,7 @@ class Masking:
         scan_order: per layer, int64 (D,); neighbours in it form blocks and N:M groups.
         generator: of random scores.
         team: that trains together.
-        first: what was seen before the phase, where logits start from it; None where they all start alike, or go on.
+        starts: what was seen before the phase, if logits start from it; None where they start alike, or go on.
     """
 
     def __init__(
@@ -45,17 +45,12 @@ class Masking:
         scan_order: Sequence[Tensor],
         generator: torch.Generator,
         team: Team = ALONE,
-        first: Activations | None = None,
+        starts: Activations | None = None,
     ) -> None:
         self._gates = Gating(model, config, scan_order)
-        if first is not None:
-            self._gates.start(first.energies(), first.reach)
+        if starts is not None:
+            self._gates.start(starts.energies(), starts.reach)
         self._ranking = Ranking(model, config, generator, team)
-
-    @property
-    def has_learned_blocks(self) -> bool:
-        """Whether neighbours in scan order share gates."""
-        return bool(self._gates.channel_gates) and self._gates.block > 1
 
     def sample(self, progress: float, generator: torch.Generator) -> None:
         """Prepares a step at a point of the gate phase, 0 to 1: draws gates, and observes activations near its end."""

@@ -18,6 +18,7 @@ from research.pillars.summary import TABLE_HEADER, Line, compared, mean, said, t
 from research.reports import words
 from research.reports.document import Block, Bullets, Paragraph, Table
 from research.studies.experiments import Experiment, Laboratory
+from training.activations import FIRST_BATCHES
 
 TITLE = "Learned masking"
 QUESTION = "Does learning gates give a better cut model than training on and cutting by magnitude, activations or lot?"
@@ -101,8 +102,8 @@ def blocks(found: dict[str, Any]) -> list[Block]:
         _table(
             after,
             f"After recovery, on the test text; without a cut {dense:.2f}. Cuts leave multiples of {_MULTIPLE} "
-            f"channels: gone are {words.listed(real)}. Learned gates look at 8 batches before they train, to start in "
-            "the order of what they show.",
+            f"channels: gone are {words.listed(real)}. Learned gates that do not start alike look at "
+            f"{FIRST_BATCHES} batches before they train.",
         ),
         _table(lines(found, "before"), "Before recovery, on the tuning text."),
     ]

@@ -79,7 +79,7 @@ def _found(name: str) -> dict[str, Any]:
 
 CLAIMS = {
     "scan_orders": "lowest on the tuning text is as trained; correlation order worse than the order as trained (+5.1 %",
-    "masking": "50 % of channels: a cut by activations worse than learned gates (",
+    "masking": "50 % of channels: learned gates, started alike worse than learned gates (",
     "adapters": "hybrid by spectrum better than uniform LoRA (",
     "pipeline": "float32: three pillars, 25 % cut worse than dense fine-tuning (+10.1 %",
 }
