@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.activations import Activations
 from training.adapters import Adapters, adapter_tensors
@@ -26,8 +25,6 @@ from training.team import ALONE, Team
 from yunmin.model import MambaLM
 from yunmin.pillars import Pillars, adapter_folders
 from yunmin.trained import inject_adapter, set_fixed_gates, set_fixed_masks
-
-_NO_DECAY = ("A_log", ".D", "bias", "norm.weight", "norm_f.weight")
 
 
 class AdaptiveModel:
@@ -119,23 +116,6 @@ class AdaptiveModel:
             self._train_only_adapters()
         self._scans.observe(wanted=True)
         self._watch = GradientWatch(self.model, phase, self.team)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the phase for AdamW; gates keep a constant rate (`scheduled` is False)."""
-        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if self.phase is Phase.ADAPTERS:
-            rate = self.config.adapter_learning_rate or self.config.learning_rate
-            return [_group("adapters", trainable, rate, 0.0)]
-        gates = {n: p for n, p in trainable.items() if n.endswith(".logits")}
-        plain = {n: p for n, p in trainable.items() if n not in gates and n.endswith(_NO_DECAY)}
-        decayed = {n: p for n, p in trainable.items() if n not in gates and n not in plain}
-        groups = [
-            _group("decayed", decayed, self.config.learning_rate, self.config.weight_decay),
-            _group("plain", plain, self.config.learning_rate, 0.0),
-        ]
-        if gates:
-            groups.append({**_group("gates", gates, self.config.gate_learning_rate, 0.0), "scheduled": False})
-        return groups
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -301,14 +281,3 @@ class AdaptiveModel:
     def _train_only_adapters(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(".lora_" in name or ".ia3_" in name)
-
-
-def _group(name: str, parameters: dict[str, nn.Parameter], rate: float, decay: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "params": list(parameters.values()),
-        "param_names": list(parameters),
-        "lr": rate,
-        "weight_decay": decay,
-        "scheduled": True,
-    }

@@ -7,12 +7,45 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from training.config import TrainingConfig
 from training.parallel import shared_out, whole
+from training.phases import Phase
 from yunmin.errors import TrainingError
+from yunmin.model import MambaLM
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_NO_DECAY = ("A_log", ".D", "bias", "norm.weight", "norm_f.weight")
+
+
+def parameter_groups(model: MambaLM, phase: Phase, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Parameter groups of a phase for AdamW; gates keep a constant rate (`scheduled` is False)."""
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if phase is Phase.ADAPTERS:
+        rate = config.adapter_learning_rate or config.learning_rate
+        return [_group("adapters", trainable, rate, 0.0)]
+    gates = {n: p for n, p in trainable.items() if n.endswith(".logits")}
+    plain = {n: p for n, p in trainable.items() if n not in gates and n.endswith(_NO_DECAY)}
+    decayed = {n: p for n, p in trainable.items() if n not in gates and n not in plain}
+    groups = [
+        _group("decayed", decayed, config.learning_rate, config.weight_decay),
+        _group("plain", plain, config.learning_rate, 0.0),
+    ]
+    if gates:
+        groups.append({**_group("gates", gates, config.gate_learning_rate, 0.0), "scheduled": False})
+    return groups
+
+
+def _group(name: str, parameters: dict[str, nn.Parameter], rate: float, decay: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "params": list(parameters.values()),
+        "param_names": list(parameters),
+        "lr": rate,
+        "weight_decay": decay,
+        "scheduled": True,
+    }
 
 
 def new_optimizer(
@@ -21,7 +54,7 @@ def new_optimizer(
     """AdamW for a phase.
 
     Args:
-        groups: as `AdaptiveModel.parameter_groups` gives them.
+        groups: as `parameter_groups` gives them.
         moments: of `moments_of` at the end of the phase before; parameters of the same name keep theirs.
         phase: for the error's text.
         device: that is trained on.

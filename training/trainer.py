@@ -19,7 +19,7 @@ from training.clock import Clock
 from training.config import TrainingConfig
 from training.data import BatchOrder
 from training.learning import Learner, Loss, mean_cross_entropy
-from training.optimization import clip_gradients, moments_of, named_parameters, new_optimizer
+from training.optimization import clip_gradients, moments_of, named_parameters, new_optimizer, parameter_groups
 from training.parallel import Parallel, whole, without_gradients
 from training.parts import Part, parts_of, tokens_of
 from training.phases import Phase, PhaseSpan, plan_phases
@@ -115,7 +115,7 @@ class Trainer:
         if self.order.position(progress.step) != (progress.epoch, progress.batch) or progress.step > self.total_steps:
             raise TrainingError(f"{checkpoint}: step {progress.step} does not fit the plan of {self.total_steps} steps")
         self.adaptive.restore(progress.phase, load_pillars(checkpoint, self.adaptive.model.config), checkpoint)
-        trained = named_parameters(self.adaptive.parameter_groups())
+        trained = named_parameters(parameter_groups(self.adaptive.model, self.adaptive.phase, self.config))
         self._optimize(read_state(checkpoint, trained, self.generator, self.device))
         self._rng_state = torch.get_rng_state()
         self.step, self.tokens = progress.step, progress.tokens
@@ -206,7 +206,12 @@ class Trainer:
         """Distributes the phase's model over the team, and makes its optimizer."""
         self.adaptive.model.to(self.device).train()
         self._parallel = Parallel(self.adaptive.model, self.team)
-        self._optimizer = new_optimizer(self.adaptive.parameter_groups(), moments, self.adaptive.phase, self.device)
+        self._optimizer = new_optimizer(
+            parameter_groups(self.adaptive.model, self.adaptive.phase, self.config),
+            moments,
+            self.adaptive.phase,
+            self.device,
+        )
 
     def _one_step(self, span: PhaseSpan, reporter: Reporter) -> None:
         factor = rate_factor_in_run(self.step, self.spans, self.config)

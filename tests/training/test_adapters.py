@@ -16,7 +16,7 @@ from tests.training.test_resume import assert_same_checkpoint
 from training.adapters import Allocation, allocate, inject_adapters, ranks_within
 from training.config import TrainingConfig
 from training.config_file import parse_config
-from training.optimization import moments_of
+from training.optimization import moments_of, parameter_groups
 from training.phases import Phase
 from training.run import resume, train
 from yunmin.axes import PROJECTIONS
@@ -170,7 +170,7 @@ def test_measuring_with_frozen_weights_gives_the_gradients_of_training() -> None
     loss(dense).backward()
     dense.adaptive.after_backward()
     assert torch.allclose(frozen.adaptive._allotment.probe.scores / 3, dense.adaptive._allotment.probe.scores)
-    optimizer = torch.optim.AdamW(frozen.adaptive.parameter_groups())
+    optimizer = torch.optim.AdamW(parameter_groups(frozen.model, frozen.adaptive.phase, frozen.config))
     assert moments_of(optimizer) == {}
 
 

@@ -19,6 +19,7 @@ from training.gating import mixers_of
 from training.gradients import GradientWatch
 from training.importance import ImportanceProbe
 from training.observation import ScanOrders
+from training.optimization import parameter_groups
 from training.phases import Phase, plan_phases
 from yunmin.checkpoint import load_checkpoint, write_checkpoint
 from yunmin.errors import ConfigError, TrainingError
@@ -50,7 +51,10 @@ class Run:
         self.steps(steps)
 
     def steps(self, steps: int) -> None:
-        groups = [{k: v for k, v in g.items() if k != "param_names"} for g in self.adaptive.parameter_groups()]
+        groups = [
+            {k: v for k, v in g.items() if k != "param_names"}
+            for g in parameter_groups(self.model, self.adaptive.phase, self.config)
+        ]
         optimizer = torch.optim.AdamW(groups)
         self.model.train()
         for step in range(steps):
@@ -219,7 +223,7 @@ def test_only_adapters_train_in_the_last_phase() -> None:
 
 def test_decay_spares_norms_biases_and_the_recurrence() -> None:
     run = Run(small_run())
-    plain = next(g for g in run.adaptive.parameter_groups() if g["name"] == "plain")
+    plain = next(g for g in parameter_groups(run.model, run.adaptive.phase, run.config) if g["name"] == "plain")
     names = {n.removeprefix("backbone.layers.0.") for n in plain["param_names"] if "layers.0." in n}
     biases = {f"mixer.{m}.bias" for m in ("in_proj", "conv1d", "dt_proj", "out_proj")}
     assert names == biases | {"mixer.A_log", "mixer.D", "norm.weight"}
