@@ -147,7 +147,7 @@ def test_a_stopped_run_of_adapters_continues_exactly(
 
 
 def test_measuring_with_frozen_weights_gives_the_gradients_of_training() -> None:
-    from tests.training.test_adaptive import Run, small_run
+    from tests.training.loop import Run, small_run
 
     frozen, dense = (
         Run(small_run(enable_masking=False, importance_steps=steps, scan_mode="none")) for steps in (3, None)
@@ -175,7 +175,7 @@ def test_measuring_with_frozen_weights_gives_the_gradients_of_training() -> None
 
 
 def test_weights_that_train_no_longer_keep_no_gradients() -> None:
-    from tests.training.test_adaptive import Run, small_run
+    from tests.training.loop import Run, small_run
 
     run = Run(small_run(enable_masking=False))
     run.phase(Phase.DENSE)

@@ -8,78 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from tests.models import random_ids, random_model, small_config
-from training.adapters import allocate
-from training.adaptive import AdaptiveModel
-from training.config import TrainingConfig
-from training.config_file import parse_config
+from tests.training.loop import Run, small_run
 from training.gating import mixers_of
-from training.gradients import GradientWatch
-from training.importance import ImportanceProbe
-from training.observation import ScanOrders
 from training.optimization import parameter_groups
 from training.phases import Phase, plan_phases
-from yunmin.checkpoint import load_checkpoint, write_checkpoint
+from yunmin.checkpoint import load_checkpoint
 from yunmin.errors import ConfigError, TrainingError
-from yunmin.gated import GatedMixer
-from yunmin.n_of_m_order import retained_magnitude
-from yunmin.pillars import adapter_folders, load_pillars, save_pillars
+from yunmin.pillars import adapter_folders, load_pillars
 from yunmin.trained import load_trained
-
-
-def small_run(**options: Any) -> TrainingConfig:
-    values: dict[str, Any] = {"channel_multiple": 8, "gate_block_size": 8, "scan_update_frequency": 3}
-    values |= {"importance": "gradient", "lora_init": "random"}
-    values |= {"target_state_sparsity": 0.5, "state_ranking": "learned", "learning_rate": 3e-3, "peft_dropout": 0.0}
-    return parse_config(values | options)
-
-
-class Run:
-    """A training loop of the least kind: one batch, all phases."""
-
-    def __init__(self, config: TrainingConfig, seed: int = 0) -> None:
-        self.config = config
-        self.model = random_model(small_config(), mixer=GatedMixer)
-        self.adaptive = AdaptiveModel(self.model, config, torch.Generator().manual_seed(seed))
-        self.ids = random_ids(self.model.config, 4, 17)
-        self.lines: list[str] = []
-
-    def phase(self, phase: Phase, steps: int = 12) -> None:
-        self.lines += self.adaptive.enter(phase, ([self.loss()] for _ in itertools.count()))
-        self.steps(steps)
-
-    def steps(self, steps: int) -> None:
-        groups = [
-            {k: v for k, v in g.items() if k != "param_names"}
-            for g in parameter_groups(self.model, self.adaptive.phase, self.config)
-        ]
-        optimizer = torch.optim.AdamW(groups)
-        self.model.train()
-        for step in range(steps):
-            self.adaptive.before_step(step / (steps - 1))
-            loss = self.loss() + self.adaptive.penalty()
-            optimizer.zero_grad()
-            loss.backward()
-            self.adaptive.after_backward()
-            optimizer.step()
-            self.lines += self.adaptive.after_step()
-
-    def loss(self) -> torch.Tensor:
-        logits = self.model(self.ids[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), self.ids[:, 1:].flatten())
-
-    def logits(self) -> torch.Tensor:
-        with self.adaptive.evaluation(), torch.no_grad():
-            return self.model(self.ids)
-
-    def write(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        write_checkpoint(folder, self.model.config, self.model.tensors())
-        save_pillars(folder, self.adaptive.pillars())
-        self.adaptive.adapters().save(folder / "adapters")
-
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -168,43 +105,9 @@ def test_gates_start_from_what_the_first_batches_show_or_alike(start: str, alike
         assert torch.equal(logits.argsort(), added.argsort())
 
 
-@pytest.mark.parametrize("start", ["activation", "equal"])
-def test_blocks_that_are_learned_from_the_start_form_in_an_order_of_what_channels_carry(start: str) -> None:
-    options = {"scan_objective": "saliency", "dense_share": 0, "scan_update_frequency": 2, "gate_start": start}
-    run = Run(small_run(channel_gates="block", **options))
-    run.phase(Phase.GATES, steps=0)
-    assert run.lines == ["scan order updated in layers 0, 1"]
-    order = run.adaptive.scan_order
-    assert not torch.equal(order[0], torch.arange(40))
-    logits = run.adaptive.pillars().training["logits.channel.0"]
-    if start == "activation":
-        assert torch.equal(logits.argsort(descending=True), torch.arange(5))  # the first blocks carry most
-    run.steps(6)
-    assert all(torch.equal(a, b) for a, b in zip(order, run.adaptive.scan_order, strict=True))  # closed gates hide
-
-
 def test_without_a_batch_gates_do_not_start() -> None:
     with pytest.raises(TrainingError, match="there is no batch to start from"):
         Run(small_run()).adaptive.enter(Phase.GATES)
-
-
-def test_order_updates_happen_while_gates_are_learned() -> None:
-    run = Run(small_run())
-    run.phase(Phase.DENSE)
-    run.adaptive.enter(Phase.GATES, ([run.loss()] for _ in itertools.count()))
-    started = run.adaptive.scan_order
-    run.steps(12)
-    assert any(not torch.equal(a, b) for a, b in zip(started, run.adaptive.scan_order, strict=True))
-
-
-def test_orders_are_closed_once_gates_are_fixed() -> None:
-    run = Run(small_run())
-    for phase in (Phase.DENSE, Phase.GATES, Phase.RECOVER):
-        run.phase(phase)
-    orders = run.adaptive.scan_order
-    run.phase(Phase.ADAPTERS)
-    assert all(torch.equal(a, b) for a, b in zip(orders, run.adaptive.scan_order, strict=True))
-    assert all(mixer.observe is None for mixer in mixers_of(run.model))
 
 
 def test_only_adapters_train_in_the_last_phase() -> None:
@@ -230,96 +133,6 @@ def test_decay_spares_norms_biases_and_the_recurrence() -> None:
     assert plain["weight_decay"] == 0.0
 
 
-def test_importance_of_a_projection_is_its_output_times_its_gradient() -> None:
-    model = random_model(small_config())
-    name = "backbone.layers.1.mixer.x_proj"
-    module = model.get_submodule(name)
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
-        output.retain_grad()
-        seen["output"] = output
-
-    handle = module.register_forward_hook(keep)
-    ids = random_ids(model.config, 2, 9)
-    model(ids).square().mean().backward()
-    gradient = seen["output"].grad
-    assert gradient is not None
-    expected = (seen["output"] * gradient).sum((0, 1)).abs().mean()
-    handle.remove()
-    with torch.no_grad():
-        plain = model(ids)
-    probe = ImportanceProbe({name: module})
-    probe.attach()
-    logits = model(ids)
-    assert torch.equal(logits.detach(), plain)  # multiplying by one changes no bit
-    logits.square().mean().backward()
-    probe.collect()
-    assert probe.means()[name] == pytest.approx(float(expected.detach()), rel=1e-4)
-
-
-def test_allocation_follows_importance_and_spares_masked_projections() -> None:
-    names = [f"backbone.layers.{i}.mixer.{p}" for i in range(5) for p in ("in_proj", "out_proj")]
-    scores = {name: float(10 - rank) for rank, name in enumerate(names)}
-    masked = {names[2]}
-    allocation = allocate(
-        scores, parse_config({"lora_share": 0.2, "ia3_share": 0.3, "lora_targets": "in_proj"}), masked
-    )
-    assert allocation.lora == (names[0], names[4])  # out_proj is no LoRA target, names[2] is masked
-    assert allocation.ia3 == (names[1], names[2], names[3])
-    assert allocation.frozen == tuple(names[5:])
-
-
-def test_tied_importance_is_told() -> None:
-    run = Run(small_run(importance="probability"))
-    for phase in Phase:
-        run.phase(phase)
-    assert any("scores tie" in line for line in run.lines)
-
-
-@pytest.mark.parametrize("options", [{"enable_masking": False}, {"target_sparsity": 0.0}])
-def test_a_measure_of_gates_is_refused_where_there_are_none(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="importance=magnitude is a measure of channel gates, and there are none"):
-        small_run(importance="magnitude", **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "objective"),
-    [
-        ({}, "quantization"),
-        ({"weight_mask": "n:m"}, "n:m"),
-        ({"weight_mask": "n:m", "enable_masking": False}, "quantization"),
-        ({"weight_mask": "n:m", "mask_targets": "in_proj"}, "quantization"),
-        ({"channel_gates": "block"}, "saliency"),
-        ({"channel_gates": "block", "weight_mask": "n:m"}, "n:m"),
-        ({"channel_gates": "block", "scan_objective": "correlation"}, "correlation"),
-    ],
-)
-def test_orders_are_solved_for_what_the_masks_need(options: dict[str, Any], objective: str) -> None:
-    assert small_run(**options).order_objective == objective
-
-
-def test_a_saliency_order_sorts_by_what_channels_add_to_the_output() -> None:
-    run = Run(small_run(scan_objective="saliency", scan_mode="static"))
-    seen: dict[int, torch.Tensor] = {}
-    for layer, mixer in enumerate(mixers_of(run.model)):
-        mixer.out_proj.register_forward_pre_hook(lambda _, inputs, layer=layer: seen.update({layer: inputs[0]}))
-    orders = ScanOrders(run.model, run.config, torch.Generator())
-    orders.observe(wanted=True)
-    run.model(run.ids)
-    orders.update()
-    assert orders.solve() == list(range(run.model.config.n_layers))
-    for layer, order in enumerate(orders.orders):
-        out_proj = mixers_of(run.model)[layer].out_proj.weight
-        added = seen[layer].square().mean((0, 1)) * out_proj.square().sum(0)
-        assert torch.equal(order, torch.argsort(added, descending=True))
-
-
-def test_gradients_weigh_nothing_but_correlations() -> None:
-    with pytest.raises(ConfigError, match="it needs scan_objective=correlation"):
-        small_run(scan_gradient_weighted=True)
-
-
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -340,97 +153,6 @@ def test_gradients_weigh_nothing_but_correlations() -> None:
 def test_widths_that_do_not_fit_are_refused_before_training(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         Run(small_run(weight_mask="n:m", **options))
-
-
-def test_groups_of_masks_form_among_the_channels_that_are_kept() -> None:
-    config = small_run(scan_objective="n:m", weight_mask="n:m", channel_gates="channel", channel_multiple=8)
-    model = random_model(mixer=GatedMixer)
-    orders = ScanOrders(model, config, torch.Generator())
-    gates = [(torch.arange(d) % 2).float() for d in model.config.d_inner]
-    assert orders.solve_among(gates) == list(range(model.config.n_layers))
-    for layer, order in enumerate(orders.orders):
-        half = order.numel() // 2
-        assert gates[layer][order].tolist() == [1.0] * half + [0.0] * half
-        weight = model.get_parameter(f"backbone.layers.{layer}.mixer.out_proj.weight").detach()
-        assert retained_magnitude(weight[:, order[:half]], 2, 4) > retained_magnitude(weight[:, gates[layer] > 0], 2, 4)
-    assert orders.solve_among([torch.ones(d) for d in model.config.d_inner]) == []
-
-
-def test_scales_are_shared_among_the_channels_that_are_kept() -> None:
-    run = Run(small_run())
-    orders = ScanOrders(run.model, run.config, torch.Generator())
-    gates = [(torch.arange(d) % 2).float() for d in run.model.config.d_inner]
-    orders.observe(wanted=True)
-    run.model(run.ids)
-    orders.update()
-    orders.solve()
-    saved = orders.tensors()
-    assert orders.solve_among(gates) == list(range(run.model.config.n_layers))
-    for layer, order in enumerate(orders.orders):
-        half = order.numel() // 2
-        assert gates[layer][order].tolist() == [1.0] * half + [0.0] * half
-    again = ScanOrders(run.model, run.config, torch.Generator())
-    again.load_tensors(saved)
-    again.solve_among(gates)
-    assert all(torch.equal(a, b) for a, b in zip(again.orders, orders.orders, strict=True))
-
-
-def test_parameter_without_gradient_stops_the_run_by_name() -> None:
-    module = torch.nn.Linear(3, 3)
-    watch = GradientWatch(module, "dense")
-    module.weight.grad = torch.ones(3, 3)
-    with pytest.raises(TrainingError, match="'bias' is trainable and has no gradient"):
-        watch.check()
-
-
-def test_gradient_that_stays_zero_stops_the_run_at_the_tenth_step() -> None:
-    module = torch.nn.Linear(3, 3)
-    watch = GradientWatch(module, "adapters")
-    module.weight.grad, module.bias.grad = torch.zeros(3, 3), torch.ones(3)
-    for _ in range(9):
-        watch.check()
-    with pytest.raises(TrainingError, match="gradient of 'weight' was zero for 10 steps"):
-        watch.check()
-
-
-def test_phases_cover_all_steps_in_order() -> None:
-    config = parse_config({})
-    for total in (4, 7, 100, 1001):
-        spans = plan_phases(config, total)
-        assert [s.phase for s in spans] == list(Phase)
-        assert spans[0].start == 0
-        assert spans[-1].stop == total
-        assert all(a.stop == b.start and a.stop > a.start for a, b in itertools.pairwise(spans))
-    assert (spans[0].progress(spans[0].start), spans[0].progress(spans[0].stop - 1)) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"enable_masking": False}, [Phase.DENSE, Phase.ADAPTERS]),
-        ({"enable_peft": False}, [Phase.DENSE, Phase.GATES, Phase.RECOVER]),
-        ({"enable_masking": False, "enable_peft": False}, [Phase.DENSE]),
-        ({"dense_share": 0.0, "recover_share": 0.0}, [Phase.GATES, Phase.ADAPTERS]),
-    ],
-)
-def test_disabled_pillars_have_no_phase(options: dict[str, Any], expected: list[Phase]) -> None:
-    spans = plan_phases(parse_config(options), 50)
-    assert [s.phase for s in spans] == expected
-    assert spans[-1].stop == 50
-
-
-@pytest.mark.parametrize(
-    ("options", "total", "message"),
-    [
-        ({}, 3, "3 steps cannot hold the 4 phases"),
-        ({"gate_share": 0.0}, 100, "gate_share"),
-        ({"adapter_share": 0.0}, 100, "adapter_share"),
-        ({"dense_share": 0.0, "enable_masking": False, "enable_peft": False}, 100, "dense_share"),
-    ],
-)
-def test_impossible_plans_are_refused(options: dict[str, Any], total: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        plan_phases(parse_config(options), total)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # two adapters are meant
