@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from export.compact import Compact, compact_model, read_source
-from export.cut import channel_importance, cut_channels, kept_channels, observed
+from export.cut import channel_importance, cut_and_fit, cut_channels, kept_channels, observed
 from export.order import permuted, reordered
 from export.quantize import quantize_checkpoint
 from export.statistics import input_statistics
@@ -73,10 +73,10 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
 
     Returns:
         `exact`: test perplexity of the base models, one for each seed; by order `retained` (the share of magnitude that
-        2:4 masks by magnitude keep) and, by effect, perplexities on the `tuning` text and on the `test` text; `single`:
-        test perplexity of cuts of as many single channels as blocks have.
+        2:4 masks by magnitude keep) and, by effect, perplexities on the `tuning` text and on the `test` text; by effect
+        the test perplexity of cuts of as many `single` channels as blocks have, and with what reads the rest `fitted`.
     """
-    found: dict[str, Any] = {"exact": [], "single": {}, "retained": {}}
+    found: dict[str, Any] = {"exact": [], "single": {}, "fitted": {}, "retained": {}}
     found |= {text: {effect: {} for effect in EFFECTS} for text in _TEXTS}
     for seed in study.seeds:
         base = study.base(seed)
@@ -94,10 +94,10 @@ def collect(study: Study, laboratory: Laboratory) -> dict[str, Any]:
             found["retained"].setdefault(order, []).append(measured["retained"])
             for text, effect in product(_TEXTS, EFFECTS):
                 found[text][effect].setdefault(order, []).append(measured[text][effect])
-        facts = {"what": "single channels", "base": result["key"], "measures": laboratory.result_file}
+        facts = {"what": "single channels, plain and fitted", "base": result["key"], "measures": laboratory.result_file}
         single = laboratory.remember({**facts, "cuts": _BLOCK_CUTS}, partial(_single, study, laboratory, base))
-        for effect, perplexity in single.items():
-            found["single"].setdefault(effect, []).append(perplexity)
+        for kind, effect in product(("single", "fitted"), _BLOCK_CUTS):
+            found[kind].setdefault(effect, []).append(single[kind][effect])
     return found
 
 
@@ -110,7 +110,10 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
     """What the comparison says."""
     by_effect = lines(found)
     exact = mean(found["exact"])
-    single = ", ".join(f"{mean(values):.2f} ({effect})" for effect, values in found["single"].items())
+    single, fitted = (
+        ", ".join(f"{mean(values):.2f} ({effect})" for effect, values in found[kind].items())
+        for kind in ("single", "fitted")
+    )
     sentences = []
     for effect, of_effect in by_effect.items():
         tuned = {order: mean(found["tuning"][effect][order]) for order in ORDERS}
@@ -132,8 +135,9 @@ def blocks(found: Mapping[str, Any]) -> list[Block]:
             rows,
             labels=2,
             note=f"Test perplexity; without rounding, masks or cuts it is {exact:.2f} in every order. Changes are "
-            f"against the order as trained. Cutting single channels instead of blocks gives {single}; blocks of "
-            "channels in order of saliency are to be read beside that.",
+            f"against the order as trained. Cutting single channels instead of blocks gives {single}, and {fitted} "
+            "where x_proj and out_proj are fitted to make up for them, as exports do; blocks of channels in order of "
+            "saliency are to be read beside that.",
         ),
         Table(
             ("order", "magnitude kept by 2:4 masks", "least and most of the seeds"),
@@ -189,14 +193,16 @@ def _measured(study: Study, laboratory: Laboratory, seed: int, order: str) -> di
 
 
 def _single(study: Study, laboratory: Laboratory, base: Experiment) -> dict[str, Any]:
-    """Test perplexity, by effect, where the same number of single channels is cut."""
+    """Test perplexity, by effect, where the same number of single channels is cut, and what reads the rest fitted."""
     checkpoint, _ = load_artifact(laboratory.artifact(base))
-    importance = channel_importance(checkpoint, observed(checkpoint, _tuning_text(study, checkpoint)))
-    found = {}
+    statistics = observed(checkpoint, _tuning_text(study, checkpoint), for_fit=True)
+    importance = channel_importance(checkpoint, statistics)
+    found: dict[str, dict[str, float]] = {"single": {}, "fitted": {}}
     for effect, share in _BLOCK_CUTS.items():
-        width = round(checkpoint.config.d_inner[0] * (1 - share))
-        cut = cut_channels(checkpoint, kept_channels(importance, width))
-        found[effect] = quality(cut, laboratory.measures)["token_perplexity"]
+        kept = kept_channels(importance, round(checkpoint.config.d_inner[0] * (1 - share)))
+        cuts = {"single": cut_channels(checkpoint, kept), "fitted": cut_and_fit(checkpoint, kept, statistics)}
+        for kind, cut in cuts.items():
+            found[kind][effect] = quality(cut, laboratory.measures)["token_perplexity"]
     return found
 
 

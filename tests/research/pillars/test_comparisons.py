@@ -55,6 +55,7 @@ def _found(name: str) -> dict[str, Any]:
             found |= {"exact": _values(19), "retained": {order: [0.75, 0.76, 0.77] for order in ORDERS}}
             found |= {text: dict.fromkeys(EFFECTS, of_effect) for text in ("tuning", "test")}
             found["single"] = {"blocks, 25 % cut": _values(19.5)}
+            found["fitted"] = {"blocks, 25 % cut": _values(19.0)}
         case "masking":
             of_cut = {r: {"before": _values(40 + n), "after": _values(20 + n, n / 50)} for n, r in enumerate(RANKINGS)}
             found |= {"dense": _values(18), "perplexity": dict.fromkeys(CUTS, of_cut)}
