@@ -227,7 +227,8 @@ class AdaptiveModel:
 
     def _begin_masking(self, batches: Iterable[Iterable[Tensor]]) -> list[str]:
         """Puts gates in, which start from what batches show; learned blocks form in an order that is solved first."""
-        config, changed = self.config, list[int]()
+        config = self.config
+        changed: list[int] = []
         is_solvable = config.scan_mode != "none" and not config.scan_gradient_weighted
         needs_order = is_solvable and config.has_learned_blocks and config.dense_share == 0
         starts = Activations(self.model, self.team, **starts_from(config))
@@ -237,8 +238,9 @@ class AdaptiveModel:
             starts.look_at(batches, lambda: changed.extend(self._scans.update()))
             self._first = None
             changed += self._scans.solve() if needs_order else []
+        lines = self._order_changed(sorted(set(changed)))
         self._install_masking(starts if starts.is_needed else None)
-        return self._order_changed(sorted(set(changed)))
+        return lines
 
     def _install_masking(self, starts: Activations | None = None) -> Masking:
         self._masking = Masking(self.model, self.config, self.scan_order, self._generator, self.team, starts)
