@@ -218,7 +218,7 @@ class Gating:
 
 
 def _first_logits(scores: Tensor, target: float) -> Tensor:
-    """Logits in the order of scores, normally distributed, that cut no more than the target to begin with."""
+    """Logits in the order of scores, normally distributed, that cut about the target at most to begin with."""
     ranks = scores.argsort(stable=True).argsort()
     spread: Tensor = torch.special.ndtri((ranks + 0.5) / len(ranks))
     # the mean of sigmoids of normal logits is about sigmoid(mean / widening) (MacKay 1992)

@@ -29,7 +29,7 @@ def request(body: object, path: str = "/generate_stream") -> bytes:
     return head.encode() + content
 
 
-def still_serves(running: Running) -> None:
+def assert_still_serves(running: Running) -> None:
     running.wait_for("yunmin_running_sequences", 0)
     running.wait_for("yunmin_waiting_sequences", 0)
     assert httpx.post(f"{running.url}/generate", json=SHORT, timeout=60).status_code == 200
@@ -61,7 +61,7 @@ def test_two_hundred_connections_at_once_are_each_served_or_refused(running: Run
     assert served
     assert all(b"data: [DONE]" in answer for answer in served)
     assert all(b"\r\nretry-after: " in answer for answer in refused)
-    still_serves(running)
+    assert_still_serves(running)
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_clients_that_vanish_at_any_moment_leave_nothing_behind(running: Running
                 time.sleep(pause_s)
                 # a reset in place of a farewell
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    still_serves(running)
+    assert_still_serves(running)
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_what_is_no_http_is_refused(running: Running, sent: bytes) -> None:
             while data := connection.recv(1 << 16):
                 answer += data
     assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4"))
-    still_serves(running)
+    assert_still_serves(running)
